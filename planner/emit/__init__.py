@@ -1,0 +1,1 @@
+"""Plans written in the formats that other programs read."""

@@ -1,0 +1,1 @@
+"""The formulas: memory, compute, communication, step time, intervals. Pure functions over NumPy arrays."""

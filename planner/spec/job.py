@@ -1,0 +1,124 @@
+"""Job: what to train, and Budget: what it may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from outlay.profiles.errors import UsageError
+from outlay.profiles.units import SECOND_SUFFIX, split_number
+
+SCHEMA_JOB = "outlay/job@1"
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
+BudgetKind = Literal["money", "hours", "gpu_hours", "energy", "carbon"]
+
+_BUDGET_UNITS: dict[str, tuple[BudgetKind, float]] = {
+    "usd": ("money", 1.0),
+    "gpuh": ("gpu_hours", 1.0),
+    "kwh": ("energy", 1.0),
+    "mwh": ("energy", 1e3),
+    "kgco2e": ("carbon", 1.0),
+    **{unit: ("hours", seconds / 3600) for unit, seconds in SECOND_SUFFIX.items()},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One limit. The amount is in USD, wall hours, GPU-hours, kWh or kg CO2e, by kind."""
+
+    kind: BudgetKind
+    amount: float
+
+    def __post_init__(self) -> None:
+        if not self.amount > 0:
+            raise UsageError(f"a budget of {self.amount:g} {self.kind} leaves nothing to run with")
+
+    @classmethod
+    def parse(cls, text: str, *, where: str = "--budget") -> Budget:
+        """`"5000usd"`, `"72h"`, `"30min"`, `"100gpuh"`, `"20kWh"`, `"5kgCO2e"`."""
+        amount, unit = split_number(text, where=where)
+        if unit not in _BUDGET_UNITS:
+            known = "usd, s, min, h, d, gpuh, kWh, kgCO2e"
+            raise UsageError(f"{text!r}: unknown unit {unit!r}", where=where, do=f"use one of {known}")
+        kind, factor = _BUDGET_UNITS[unit]
+        if not amount > 0:
+            raise UsageError(f"{text!r} leaves nothing to run with", where=where)
+        return cls(kind=kind, amount=amount * factor)
+
+    def __str__(self) -> str:
+        unit = {"money": "usd", "hours": "h", "gpu_hours": "gpuh", "energy": "kWh", "carbon": "kgCO2e"}
+        return f"{self.amount:.6g}{unit[self.kind]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Which optimizer, with its numbers."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate over the steps."""
+
+    name: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.1
+    """Of the peak learning rate, at the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the tokens come from."""
+
+    path: str
+    """A folder that `outlay data prepare` wrote (dataset.json), a text file, or a folder of text."""
+    format: Literal["tokens", "text"] = "tokens"
+    tokenizer: str | None = None
+    """tokenizer.json; needed for text, found in the folder for tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train. `model` is a reference as typed; the resolved model travels beside it in a plan."""
+
+    model: str
+    seq_len: int
+    global_batch: int
+    """Sequences an optimizer step, over all ranks."""
+    steps: int
+    """Optimizer steps; tokens = steps·global_batch·seq_len."""
+    precision: Precision
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    gradient_clipping: float = 1.0
+    objective: Literal["causal_lm"] = "causal_lm"
+    attention: Literal["eager", "sdpa", "flash"] = "sdpa"
+    data: Data | None = None
+    budget: tuple[Budget, ...] = ()
+    seed: int = 0
+    eval_every: int | None = None
+    """Optimizer steps between evaluations on the held-out part; null = at the end only."""
+    save_every: int | None = None
+    """Optimizer steps between checkpoints; null = at the end, and when stopped."""
+    schema: str = field(default=SCHEMA_JOB)
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.global_batch * self.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.seq_len
+
+    def __post_init__(self) -> None:
+        for key in ("seq_len", "global_batch", "steps"):
+            value: Any = getattr(self, key)
+            if value < 1:
+                raise UsageError(f"{key} must be at least 1, not {value}")

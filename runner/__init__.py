@@ -1,0 +1,1 @@
+"""Does what a Plan says, and measures. The only room that imports torch and deepspeed."""
