@@ -57,6 +57,15 @@ class Gpu:
     nvlink_peers: tuple[int, ...]
     """Indices of the GPUs that an active NVLink reaches, directly or through a switch."""
     mig: bool = False
+    reserved_bytes: int = 0
+    """Of total_bytes, what the driver keeps for itself; 0 where the driver does not say."""
+    pcie_max_generation: int | None = None
+    """What GPU and slot can negotiate; an idle GPU may run below it to save power."""
+    pcie_max_width: int | None = None
+    nvlink_active: int = 0
+    """Active NVLinks of this GPU."""
+    nvlink_switch: bool = False
+    """At least one of them ends at an NVSwitch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,12 @@ class Rates:
     """(message bytes, seconds) between the local ranks; empty for one rank."""
     measured_at: str
     source: str
+    gemm_by_size: tuple[tuple[str, int, float], ...] = ()
+    """(precision, n, FLOP/s) of an n×n by n×n product, one rank while all ranks work."""
+    pinned_copy_bytes_per_s: float | None = None
+    """Host to GPU from page-locked memory, all ranks at once; null on CPU."""
+    pageable_copy_bytes_per_s: float | None = None
+    """Host to GPU from ordinary memory, all ranks at once; null on CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,8 @@ class Job:
     seed: int = 0
     eval_every: int | None = None
     """Optimizer steps between evaluations on the held-out part; null = at the end only."""
+    eval_sequences: int = 64
+    """Held-out sequences that one evaluation reads, rounded down to whole batches."""
     save_every: int | None = None
     """Optimizer steps between checkpoints; null = at the end, and when stopped."""
     schema: str = field(default=SCHEMA_JOB)
@@ -118,7 +120,7 @@ class Job:
         return self.global_batch * self.seq_len
 
     def __post_init__(self) -> None:
-        for key in ("seq_len", "global_batch", "steps"):
+        for key in ("seq_len", "global_batch", "steps", "eval_sequences"):
             value: Any = getattr(self, key)
             if value < 1:
                 raise UsageError(f"{key} must be at least 1, not {value}")

@@ -44,6 +44,8 @@ class Measurement:
     """Peak by rank, in that kind."""
     memory_before_bytes: tuple[int, ...] = ()
     """By rank, before the model was built (host_growth only)."""
+    steps_left_out: int = 0
+    """First steps that are not timed, since they allocate and warm up."""
     cost_usd: float | None = None
     energy_kwh: float | None = None
     energy_source: str | None = None
@@ -81,4 +83,6 @@ class Outcome:
     heldout_loss: float | None
     checkpoint: str | None
     export: str | None
+    heldout_unigram: float | None = None
+    """Loss of a unigram model on the same held-out tokens, nats a token: what any model must beat."""
     schema: str = field(default=SCHEMA_OUTCOME)

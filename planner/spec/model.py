@@ -1,7 +1,7 @@
 """ModelSpec: a transformer as the formulas see it.
 
 A model is an embedding, a few groups of identical blocks, a final norm and a head. Sizes only;
-the reading of a transformers `config.json` is in `families.py`, the counting in
+the reading of a transformers `config.json` is in `families/`, the counting in
 `planner/estimate/parameters.py`.
 """
 
@@ -13,7 +13,11 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Self-attention of one block. q: heads·head_dim wide; k and v: kv_heads·head_dim."""
+    """Attention of one block. q: heads·head_dim wide; k and v: kv_heads·head_dim.
+
+    Latent attention (DeepSeek's MLA) has kv_rank > 0: k and v are expanded from kv_rank numbers a
+    token, plus rope_head_dim that all heads share; head_dim then includes rope_head_dim.
+    """
 
     heads: int
     kv_heads: int
@@ -25,6 +29,36 @@ class Attention:
     window: int | None = None
     """Sliding-window length in tokens; null = every earlier token."""
     dropout: float = 0.0
+    causal: bool = True
+    value_head_dim: int | None = None
+    """Width of one head's v where it is not head_dim; null = head_dim."""
+    q_rank: int = 0
+    """Latent attention: width of the compressed q; 0 = q is projected in one step."""
+    kv_rank: int = 0
+    """Latent attention: width of the compressed k and v; 0 = ordinary attention."""
+    rope_head_dim: int = 0
+    """Latent attention: the part of head_dim that carries the rotary position."""
+    fused_qkv: bool = False
+    """q, k and v are one matrix (matters where whole matrices are gathered)."""
+    extra_parameters: int = 0
+    """Weights that fit none of the above (sinks, relative-position tables and projections)."""
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def k_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def v_width(self) -> int:
+        return self.kv_heads * (self.value_head_dim or self.head_dim)
+
+    @property
+    def out_width(self) -> int:
+        """What the output projection reads."""
+        return self.heads * (self.value_head_dim or self.head_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +75,20 @@ class Mlp:
     shared_ffn: int = 0
     """Width of the experts that every token visits, in all."""
     router_parameters: int = 0
+    """The router's weights, with the gate on the shared expert where there is one."""
+    fused_gate: bool = False
+    """Gate and up projection are one matrix (matters where whole matrices are gathered)."""
+    dropout: float = 0.0
+    """On the ffn-wide values inside (T5, BART)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """`count` identical transformer blocks."""
+    """`count` identical transformer blocks.
+
+    Blocks of alternating kinds (sliding and full attention, dense and mixture) are merged: a group
+    counts all of its kind in its stack, and groups stand in the order of their first block.
+    """
 
     count: int
     attention: Attention
@@ -54,11 +97,14 @@ class Block:
     """Norms over the hidden width in one block."""
     parallel_residual: bool = False
     """Attention and MLP read the same normed input (GPT-NeoX, GPT-J, Falcon)."""
+    stack: Literal["decoder", "encoder"] = "decoder"
+    cross_attention: Attention | None = None
+    """Attention to the encoder's output (decoder blocks of an encoder-decoder)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Sizes of one model. All counts are exact: a test compares them with the instantiated module."""
+    """Sizes of one model. Counts are exact: a test compares them with the instantiated module."""
 
     name: str
     source: str
@@ -70,9 +116,10 @@ class ModelSpec:
     blocks: tuple[Block, ...]
     positions: Literal["rotary", "learned", "alibi", "relative", "none"]
     max_positions: int
-    """Longest sequence the config allows."""
+    """Longest sequence the config allows; 0 = it sets no limit (T5, BLOOM)."""
     learned_positions: int = 0
-    """Rows of the position table (OPT has 2 more than max_positions); 0 = no table."""
+    """Rows of the position tables (OPT has 2 more than max_positions; BART has two tables);
+    0 = no table."""
     tie_embeddings: bool = False
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_bias: bool = False
@@ -81,10 +128,23 @@ class ModelSpec:
     embedding_dropout: float = 0.0
     residual_dropout: float = 0.0
     extra_parameters: int = 0
-    """Weights that fit none of the above (embedding norm, pooler …)."""
+    """Weights before the first block that fit none of the above (embedding norm, token types …)."""
     has_head: bool = True
     """A vocabulary projection that makes logits."""
+    embedding_width: int = 0
+    """Width of the token table, and of what the head reads; 0 = hidden."""
+    position_width: int = 0
+    """Width of the position table; 0 = hidden."""
+    norm_weight: bool = True
+    """Norms have a scale (OLMo's have none)."""
+    final_extra_parameters: int = 0
+    """Weights between the last block and the head besides the final norm (transform of a masked-LM
+    head, projection to the width of the embedding, final norm of the encoder of a T5)."""
 
     @property
     def layers(self) -> int:
         return sum(block.count for block in self.blocks)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return len({block.stack for block in self.blocks}) > 1

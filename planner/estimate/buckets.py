@@ -1,0 +1,36 @@
+"""How large the buckets of ZeRO are: one rule, read by the estimate and by the configuration."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from outlay.planner.estimate.candidates import Array, Candidates
+from outlay.planner.estimate.parameters import largest_matrix, parameter_counts
+from outlay.planner.spec.model import ModelSpec
+
+_MAX_BUCKET = 200_000_000
+"""Elements. 0.4 GB in bf16: at the bandwidths of the catalog's links a reduction of that size is
+within a few per cent of its asymptotic rate; larger only costs memory."""
+_BUCKETS_A_MODEL = 4
+"""A model smaller than that is reduced in about this many messages, so that the first can start
+while the backward pass still runs."""
+
+
+def bucket_sizes(spec: ModelSpec, tp: int = 1, pp: int = 1) -> tuple[int, int]:
+    """(reduce_bucket_size, allgather_bucket_size) in elements for one model-parallel rank.
+
+    Never below the largest single tensor: DeepSpeed reduces a larger tensor alone, outside the
+    bucket, and then holds both.
+    """
+    total = parameter_counts(spec).total // (tp * pp)
+    largest = largest_matrix(spec) // tp
+    bucket = max(min(total // _BUCKETS_A_MODEL, _MAX_BUCKET), largest)
+    return bucket, bucket
+
+
+def reduce_buckets(spec: ModelSpec, c: Candidates) -> Array:
+    """Reduce bucket in elements for each candidate: its own, or the size of `bucket_sizes`."""
+    total, largest = parameter_counts(spec).total, largest_matrix(spec)
+    sized = np.minimum(total // (c.tp * c.pp) // _BUCKETS_A_MODEL, _MAX_BUCKET)
+    sized = np.maximum(sized, largest // c.tp)
+    return np.where(c.reduce_bucket_size >= 0, c.reduce_bucket_size, sized)

@@ -1,0 +1,75 @@
+"""Efficiency figures: how much of a datasheet is reached, with an interval and a source each.
+
+They live in `profiles/efficiency/*.yaml`. Layers, later over earlier: `common.yaml`, the kind of
+accelerator (`gpu.yaml`, `cpu.yaml`), the accelerator itself where a file of its name exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from outlay.profiles.errors import FileError, UnknownName
+from outlay.profiles.loader import Accelerator, read_yaml
+
+SCHEMA_EFFICIENCY = "outlay/efficiency@1"
+KINDS = ("measured", "fitted", "published", "derived", "guess")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One number with its 90 % interval."""
+
+    value: float
+    low: float
+    high: float
+    kind: str
+    """measured | fitted | published | derived | guess."""
+    source: str
+
+
+class Efficiency(Mapping[str, float]):
+    """Name → expected value; `figure(name)` has the interval and the source. Remembers what was read."""
+
+    def __init__(self, figures: Mapping[str, Figure]) -> None:
+        self._figures = dict(figures)
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> float:
+        return self.figure(name).value
+
+    def __iter__(self) -> Any:
+        return iter(self._figures)
+
+    def __len__(self) -> int:
+        return len(self._figures)
+
+    def figure(self, name: str) -> Figure:
+        """The whole figure; UnknownName where no layer has it."""
+        if name not in self._figures:
+            raise UnknownName("efficiency figure", name, self._figures)
+        self.used.add(name)
+        return self._figures[name]
+
+    def guesses(self) -> list[tuple[str, Figure]]:
+        """The figures used so far that nobody measured, for an estimate's `assumptions`."""
+        return [(n, f) for n in sorted(self.used) if (f := self._figures[n]).kind == "guess"]
+
+
+@cache
+def _layer(name: str) -> dict[str, Figure]:
+    try:
+        raw = read_yaml(f"efficiency/{name}.yaml")
+    except FileNotFoundError:
+        return {}
+    if raw.get("schema") != SCHEMA_EFFICIENCY:
+        raise FileError(f"schema is {raw.get('schema')!r}", where=f"efficiency/{name}.yaml")
+    return {key: Figure(**value) for key, value in raw["figures"].items()}
+
+
+def efficiency_for(accelerator: Accelerator) -> Efficiency:
+    """All figures that hold for this accelerator."""
+    kind = "cpu" if accelerator.kind == "cpu" else "gpu"
+    return Efficiency(_layer("common") | _layer(kind) | _layer(accelerator.name))

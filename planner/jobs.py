@@ -1,0 +1,142 @@
+"""Job files and flags → a Job. What nobody said is filled by a stated default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.files import parse, read_mapping
+from outlay.planner.spec.job import SCHEMA_JOB, Budget, Data, Job, Optimizer, Schedule
+from outlay.planner.spec.model import ModelSpec
+from outlay.profiles.errors import FileError, UsageError
+from outlay.profiles.units import parse_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFile:
+    """The keys of a job file; the same names as the flags. Everything may be left out."""
+
+    model: str | None = None
+    hardware: str | None = None
+    data: Data | str | None = None
+    tokens: str | int | None = None
+    steps: int | None = None
+    seq_len: int | None = None
+    global_batch: int | None = None
+    precision: str | None = None
+    optimizer: Optimizer | str | None = None
+    schedule: Schedule | None = None
+    gradient_clipping: float | None = None
+    attention: str | None = None
+    budget: tuple[str, ...] | str | None = None
+    price_usd_per_h: float | None = None
+    inter_node_gbps: float | None = None
+    seed: int | None = None
+    eval_every: int | None = None
+    save_every: int | None = None
+    schema: str = SCHEMA_JOB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A job with what was assumed on the way."""
+
+    job: Job
+    assumptions: list[dict[str, Any]] = field(default_factory=list)
+
+
+DEFAULT_SEQ_LEN = 2048
+DEFAULT_TOKENS = 1_000_000_000
+DEFAULT_BATCH_PER_RANK = 8
+
+
+def read_job_file(path: str | Path) -> JobFile:
+    """A job file; relative data and model paths are relative to it."""
+    value = read_mapping(path)
+    if value.get("schema", SCHEMA_JOB) != SCHEMA_JOB:
+        raise FileError(f"schema is {value['schema']!r}, expected {SCHEMA_JOB!r}", where=str(path))
+    file = parse(JobFile, value, path=path)
+    if file.tokens is not None and file.steps is not None:
+        raise FileError("give tokens or steps, not both", where=str(path))
+    return file
+
+
+def merge(file: JobFile, flags: dict[str, Any]) -> JobFile:
+    """Flags that were given win over the file."""
+    given = {k: v for k, v in flags.items() if v not in (None, ())}
+    if "steps" in given:
+        given.setdefault("tokens", None)
+    elif "tokens" in given:
+        given.setdefault("steps", None)
+    values = {name: getattr(file, name) for name in JobFile.__dataclass_fields__}
+    return JobFile(**(values | given))
+
+
+def default_precision(cluster: Cluster) -> tuple[str, str]:
+    """(precision, why). GPUs: bf16 where the catalog has a rate for it, else fp16. CPU: bf16 only
+    where this machine's measured matrix rate makes it clearly faster."""
+    if cluster.kind != "cpu":
+        if "bf16" in cluster.accelerator.flops or not cluster.accelerator.flops:
+            return "bf16", "default on accelerators that have it"
+        return "fp16", f"{cluster.accelerator.name} has no bf16"
+    rates = cluster.rates
+    if rates is None or "bf16" not in rates.gemm_flops or "fp32" not in rates.gemm_flops:
+        return "fp32", "default on CPU; bf16 was not measured here"
+    ratio = rates.gemm_flops["bf16"] / rates.gemm_flops["fp32"]
+    amx = cluster.host is not None and "amx_bf16" in cluster.host.flags
+    if amx and ratio > 2:
+        return "bf16", f"measured matrix rate is {ratio:.1f} times that of fp32"
+    return "fp32", f"bf16 multiplies {ratio:.1f} times as fast here, which its casts use up"
+
+
+def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
+    """Fill what is missing, check what is there. Raises UsageError."""
+    notes: list[dict[str, Any]] = []
+
+    def default(what: str, value: Any, why: str) -> Any:
+        notes.append({"what": what, "value": value, "source": f"default: {why}"})
+        return value
+
+    seq_len = file.seq_len or default(
+        "seq_len", min(DEFAULT_SEQ_LEN, spec.max_positions), f"at most {DEFAULT_SEQ_LEN} and the model's positions"
+    )
+    batch = file.global_batch or default(
+        "global_batch", DEFAULT_BATCH_PER_RANK * cluster.ranks, f"{DEFAULT_BATCH_PER_RANK} sequences a rank"
+    )
+    for name, value in (("seq_len", seq_len), ("global_batch", batch)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    precision = file.precision or default("precision", *default_precision(cluster))
+    if file.steps is not None:
+        steps = file.steps
+    else:
+        tokens = parse_count(file.tokens, where="tokens") if file.tokens is not None else default(
+            "tokens", DEFAULT_TOKENS, "a round number, to give the run a length"
+        )  # fmt: skip
+        steps = max(1, -(-tokens // (seq_len * batch)))
+    if steps < 1:
+        raise UsageError(f"steps must be at least 1, not {steps}")
+    optimizer = file.optimizer
+    if isinstance(optimizer, str):
+        optimizer = parse(Optimizer, {"name": optimizer}, path="--optimizer")
+    data = Data(path=file.data, format="text") if isinstance(file.data, str) else file.data
+    budget = (file.budget,) if isinstance(file.budget, str) else (file.budget or ())
+    extra: dict[str, Any] = {
+        k: v
+        for k in ("schedule", "gradient_clipping", "attention", "seed", "eval_every", "save_every")
+        if (v := getattr(file, k)) is not None
+    }
+    value = {
+        "model": spec.name,
+        "seq_len": seq_len,
+        "global_batch": batch,
+        "steps": steps,
+        "precision": precision,
+        "optimizer": optimizer or Optimizer(),
+        "data": data,
+        "budget": tuple(Budget.parse(text) for text in budget),
+        **extra,
+    }
+    return Resolved(job=parse(Job, value, path="job"), assumptions=notes)

@@ -1,0 +1,93 @@
+"""The flags that planner's commands share, under the names of the job file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from outlay.planner.estimate.candidates import CHECKPOINTING, LOSS, OFFLOAD
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _stack(options: list[Callable[[F], F]], function: F) -> F:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def model_options(function: F) -> F:
+    """--model and --hardware with what describes them further."""
+    options: list[Callable[[F], F]] = [
+        click.option("--model", help="Preset, folder or config.json of transformers."),
+        click.option("--hardware", help="probe (default), ACCELERATOR:COUNT[/PER_NODE], PROVIDER/INSTANCE:COUNT, or cluster.yaml."),
+        click.option("--inter-node-gbps", type=float, help="Network of one node, gigabits a second."),
+        click.option("--price-usd-per-h", type=float, help="Of all the hardware, where the catalog has no price."),
+    ]  # fmt: skip
+    return _stack(options, function)
+
+
+def job_options(function: F) -> F:
+    """What to train."""
+    options: list[Callable[[F], F]] = [
+        click.option("--data", help="Text file or folder, or a folder written by `outlay data prepare`."),
+        click.option("--tokens", help="Tokens to train on, e.g. 20B."),
+        click.option("--steps", type=int, help="Optimizer steps, instead of --tokens."),
+        click.option("--seq-len", type=int, help="Tokens a sequence."),
+        click.option("--global-batch", type=int, help="Sequences an optimizer step, over all ranks."),
+        click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"])),
+        click.option("--optimizer", type=click.Choice(["adamw", "adam", "sgd"])),
+        click.option("--attention", type=click.Choice(["eager", "sdpa", "flash"])),
+        click.option("--budget", multiple=True, help="5000usd, 72h, 100gpuh; repeatable."),
+        click.option("--seed", type=int),
+    ]
+    return _stack(options, function)
+
+
+def strategy_options(function: F) -> F:
+    """How it is spread; what is left out is searched (plan) or taken as 1 (estimate)."""
+    options: list[Callable[[F], F]] = [
+        click.option("--zero", type=click.IntRange(0, 3), help="ZeRO stage."),
+        *(click.option(f"--{k}", type=click.IntRange(1), help=h) for k, h in (
+            ("dp", "Data parallel."), ("tp", "Tensor parallel."), ("pp", "Pipeline parallel."),
+            ("vpp", "Virtual pipeline stages a rank."), ("cp", "Context parallel."),
+            ("sp", "Ulysses sequence parallel."), ("ep", "Expert parallel."))),
+        click.option("--micro-batch", type=click.IntRange(1), help="Sequences a forward pass."),
+        click.option("--activation-checkpointing", type=click.Choice(CHECKPOINTING)),
+        click.option("--recompute-layers", type=click.IntRange(0)),
+        click.option("--sequence-parallel", is_flag=True, default=None, help="Megatron's."),
+        click.option("--offload-optimizer", type=click.Choice(OFFLOAD)),
+        click.option("--offload-param", type=click.Choice(OFFLOAD)),
+        click.option("--loss", type=click.Choice(LOSS)),
+    ]  # fmt: skip
+    return _stack(options, function)
+
+
+STRATEGY_KEYS = (
+    "zero", "dp", "tp", "pp", "vpp", "cp", "sp", "ep", "micro_batch", "activation_checkpointing",
+    "recompute_layers", "sequence_parallel", "offload_optimizer", "offload_param", "loss",
+)  # fmt: skip
+
+
+def format_option(*formats: str) -> Callable[[F], F]:
+    """--format, first one the default."""
+    return click.option("--format", "format_", type=click.Choice(formats), default=formats[0])
+
+
+def split_strategy(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(job flags, strategy flags that were given)."""
+    strategy = {k: flags.pop(k) for k in STRATEGY_KEYS if k in flags}
+    return flags, {k: v for k, v in strategy.items() if v is not None}
+
+
+def as_integers(strategy: dict[str, Any]) -> dict[str, int]:
+    """Strategy flags as the integers of the candidate arrays."""
+    words = {
+        "activation_checkpointing": CHECKPOINTING,
+        "offload_optimizer": OFFLOAD,
+        "offload_param": OFFLOAD,
+        "loss": LOSS,
+    }
+    return {k: words[k].index(v) if k in words else int(v) for k, v in strategy.items()}

@@ -1,0 +1,148 @@
+"""Tables for the terminal. `rich` is imported when something is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.plan import Plan
+from outlay.planner.spec.strategy import Strategy
+from outlay.profiles.units import format_bytes, format_count, format_seconds, format_usd
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return table
+
+
+def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for key, value in rows:
+        grid.add_row(key, value)
+    return grid
+
+
+def between(low: float, value: float, high: float, show: Any) -> str:
+    """`12.3 s (9.0 s to 17.1 s)`."""
+    return f"{show(value)} ({show(low)} to {show(high)})"
+
+
+def cluster_rows(cluster: Cluster) -> list[tuple[str, str]]:
+    """What a probe found, as label and text."""
+    a = cluster.accelerator
+    rows = [
+        (
+            "accelerators",
+            f"{cluster.ranks} x {a.title}"
+            + (f", {cluster.nodes} nodes of {cluster.ranks_per_node}" if cluster.nodes > 1 else ""),
+        ),
+        ("memory a rank", f"{format_bytes(cluster.usable_bytes)} usable"),
+        ("link", f"{cluster.intra.kind}, {cluster.intra.bytes_per_s / 1e9:.3g} GB/s one way"),
+    ]
+    if cluster.inter is not None:
+        rows.append(("network", f"{cluster.inter.bytes_per_s / 1e9:.3g} GB/s a rank one way"))
+    if cluster.driver:
+        rows.append(("driver", f"{cluster.driver}, CUDA {cluster.cuda}"))
+    if host := cluster.host:
+        rows += [
+            ("host", f"{host.cpu_model}, {host.cores} cores usable, {', '.join(host.flags) or 'no vector flags'}"),
+            ("RAM", f"{format_bytes(host.ram_bytes)}, {format_bytes(host.available_bytes)} free"),
+            ("disk", f"{format_bytes(host.disk_free_bytes)} free here"),
+        ]
+    if rates := cluster.rates:
+        flops = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in rates.gemm_flops.items())
+        rows.append(("measured", f"a rank of {rates.ranks}: {flops}; memory {rates.memory_bytes_per_s / 1e9:.3g} GB/s"))
+        if rates.all_reduce:
+            size, seconds = rates.all_reduce[-1]
+            rows.append(("all-reduce", f"{format_bytes(size)} in {format_seconds(seconds)}"))
+    price = cluster.price_usd_per_h
+    rows.append(("price", "unknown" if price is None else f"{price:.4g} USD/h ({cluster.price_source})"))
+    return rows
+
+
+def print_cluster(console: Console, cluster: Cluster) -> None:
+    console.print(_pairs(cluster_rows(cluster)))
+    for note in cluster.notes:
+        console.print(f"note: {note}", style="dim", highlight=False)
+
+
+def _parts_table(title: str, parts: dict[str, float], total: float, show: Any) -> RenderableType:
+    table = _table(title, "", "share")
+    for name, value in sorted(parts.items(), key=lambda kv: -kv[1]):
+        if value > 0.0005 * total:
+            table.add_row(name.replace("_", " "), show(value), f"{value / total:.0%}")
+    return table
+
+
+def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
+    """The headline of an estimate."""
+    memory, step, run, cluster = e["memory"], e["step"], e["run"], e["cluster"]
+    m = between(memory["low_bytes"], memory["device_bytes"], memory["high_bytes"], format_bytes)
+    rows = [
+        ("model", f"{e['model']['name']}, {format_count(e['model']['parameters'])} parameters"),
+        ("strategy", Strategy(**e["strategy"]).label()),
+        ("memory a rank", f"{m} of {format_bytes(cluster['usable_bytes'])}: {e['verdict']}, "
+                          f"{e['oom_probability']:.1%} risk of running out"),
+        ("peak", f"{memory['peak_phase']} phase, {memory['peak_rank']} rank"),
+    ]  # fmt: skip
+    if step is None:
+        rows.append(("step time", "unknown"))
+        return rows
+    t = e["throughput"]
+    rows += [
+        ("step time", between(step["low_s"], step["time_s"], step["high_s"], format_seconds)),
+        ("throughput", f"{t['tokens_per_s']:,.0f} tokens/s" + (f", MFU {t['mfu']:.1%}" if t["mfu"] else "")),
+        ("run", f"{run['steps']:,} steps, {format_count(run['tokens'])} tokens, {format_seconds(run['time_s'])}"),
+        ("cost", "unknown: no price" if run["cost_usd"] is None else between(
+            run["cost_usd"]["low"], run["cost_usd"]["expected"], run["cost_usd"]["high"], format_usd)),
+    ]  # fmt: skip
+    return rows
+
+
+def print_estimate(console: Console, e: dict[str, Any]) -> None:
+    console.print(_pairs(estimate_rows(e)))
+    memory, step = e["memory"], e["step"]
+    console.print(_parts_table("memory at the peak", memory["parts"], memory["device_bytes"], format_bytes))
+    if step is not None:
+        console.print(_parts_table("time of a step", step["parts"], step["time_s"], format_seconds))
+    print_assumptions(console, e["assumptions"])
+
+
+def print_assumptions(console: Console, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        console.print("assumed (intervals in parentheses above are 90 %):", style="bold")
+    for row in rows:
+        value = "" if row["value"] is None else f" = {row['value']}"
+        console.print(f"  {row['what']}{value}: {row['source']}", style="dim", highlight=False)
+
+
+def print_plan(console: Console, plan: Plan, *, out: str | None) -> None:
+    console.print(_pairs(estimate_rows(plan.estimate)))
+    console.print(f"{plan.considered} strategies looked at, {plan.feasible} fit. The next:", highlight=False)
+    table = _table("strategy", "step", "memory", "verdict", "why not")
+    for other in plan.alternatives:
+        table.add_row(
+            other.strategy.label(),
+            "?" if other.step_s is None else format_seconds(other.step_s),
+            "?" if other.device_bytes is None else format_bytes(other.device_bytes),
+            other.verdict,
+            other.why,
+        )
+    console.print(table)
+    print_assumptions(console, plan.estimate["assumptions"])
+    if out:
+        console.print(f"Plan written to {out}. Next: outlay run {out}", highlight=False)

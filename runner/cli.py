@@ -1,0 +1,77 @@
+"""The `outlay` command: a lazy group over planner's and runner's commands.
+
+`outlay --help` imports neither torch nor pandas: the table below has every command's name, module
+and first line; a test compares it with the commands themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from outlay.profiles.errors import OutlayError
+
+COMMANDS = {
+    "probe": ("outlay.runner.commands.probe:probe", "What is in this machine."),
+    "estimate": ("outlay.planner.cli:estimate", "Memory, time and cost of one strategy, each with its interval."),
+    "plan": ("outlay.planner.cli:plan", "Search the strategies, choose the fastest that fits, and write plan.yaml."),
+    "emit": ("outlay.planner.cli:emit", "Write a plan in the format that another program reads."),
+    "run": ("outlay.runner.commands.run:run", "Train as a plan says, within its budget."),
+    "resume": ("outlay.runner.commands.run:resume", "Continue a run from its newest checkpoint that verifies."),
+    "verify": ("outlay.runner.commands.run:verify", "Check a run's checkpoints against their manifests."),
+    "status": ("outlay.runner.commands.run:status", "How a run stands."),
+    "data": ("outlay.runner.commands.data:data", "Prepare text for training, and look at it."),
+    "compare": ("outlay.runner.commands.compare:compare", "Predicted against measured, for a run."),
+    "catalog": ("outlay.planner.cli:catalog", "Accelerators and models that outlay knows."),
+    "demo": ("outlay.runner.commands.demo:demo", "The whole way on this machine: probe, plan, train, compare."),
+}  # fmt: skip
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(name, COMMANDS, n=2)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            ctx.fail(f"No such command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="outlay")
+def cli() -> None:
+    """Plan what training a large model needs and costs, before paying; then run it within that."""
+
+
+def main() -> None:
+    """Entry point: errors of ours become one message on stderr and their exit code."""
+    try:
+        cli(standalone_mode=True)
+    except OutlayError as error:
+        click.echo(f"error: {error.message()}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)

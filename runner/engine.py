@@ -1,0 +1,332 @@
+"""A DeepSpeed engine from a Plan, in the ranks of a process group that already lives.
+
+    init_process_group(RankInfo.from_environment())
+    engine = Engine.build(plan)                        # on every rank
+    loss = engine.train_step(micro_batches)            # grad_accum tensors [micro_batch, seq_len]
+    engine.close()                                     # another engine may follow in the same ranks
+
+Every method is collective: all ranks call it, in the same order. In a pipeline all stages of one
+data-parallel rank are given the same tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from outlay.planner.spec.plan import Plan
+from outlay.profiles.errors import OutlayError, UsageError
+from outlay.runner import engine_state
+from outlay.runner.host import tame_deepspeed
+from outlay.runner.model import Filler, blocks_of, causal_lm_loss, parts_of, recompute, skeleton
+from outlay.runner.refuse import refuse
+
+_LINEAR = functional.linear
+"""torch's own; ZeRO-3 replaces it for the whole process and leaves it so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankInfo:
+    """Which rank this process is."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+    @classmethod
+    def from_environment(cls) -> RankInfo:
+        """From RANK, LOCAL_RANK and WORLD_SIZE, as launchers set them."""
+        missing = [k for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if k not in os.environ]
+        if missing:
+            raise UsageError(
+                f"this is no rank process: {', '.join(missing)} is not set",
+                do="start it with `outlay run`",
+            )
+        return cls(
+            rank=int(os.environ["RANK"]),
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            world=int(os.environ["WORLD_SIZE"]),
+        )
+
+
+def init_process_group(
+    info: RankInfo,
+    *,
+    backend: str | None = None,
+    init_method: str = "env://",
+    timeout_s: float = 1800.0,
+) -> None:
+    """Join the ranks. `env://` reads MASTER_ADDR and MASTER_PORT; `file:///path` needs no port.
+
+    `backend` null: gloo on CPU, nccl on CUDA. `timeout_s` bounds every collective (on gloo).
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    os.environ.update(
+        RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.world)
+    )
+    tame_deepspeed()
+    get_accelerator().set_device(info.local_rank)
+    with quiet():
+        deepspeed.init_distributed(
+            dist_backend=backend or get_accelerator().communication_backend_name(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
+            init_method=init_method,
+            rank=info.rank,
+            world_size=info.world,
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """DeepSpeed prints while it builds, saves and loads; stdout is for data."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+class Engine:
+    """ZeRO 0–3 over all ranks. `PipelineEngine` (runner/pipeline.py) is the same with stages."""
+
+    pipeline = False
+    """Whether the model is cut into stages."""
+
+    def __init__(self, plan: Plan, engine: Any) -> None:
+        self.plan = plan
+        self.deepspeed = engine
+        self.device: torch.device = torch.device(engine.device)
+        self.rank = torch.distributed.get_rank()
+        self.world = torch.distributed.get_world_size()
+        self.dp_rank, self.dp_size = self._data_parallel()
+        self.is_loss_rank = True
+        """Whether the loss is computed here; `train_step` returns it everywhere all the same."""
+        engine_state.load_weights_only(engine)
+        _keep_grad_norm(engine)
+        seed_everything(plan.job.seed, self.rank)
+
+    @classmethod
+    def build(cls, plan: Plan) -> Engine:
+        """Build the model and the engine that the plan asks for; refuses what cannot be run."""
+        if not torch.distributed.is_initialized():
+            raise OutlayError("the process group is missing", do="call init_process_group first")
+        from deepspeed.accelerator import get_accelerator
+
+        refuse(plan, torch.distributed.get_world_size(), get_accelerator().device_name())
+        if plan.job.precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+        if plan.strategy.pp > 1:
+            from outlay.runner.pipeline import PipelineEngine
+
+            return PipelineEngine(plan, PipelineEngine._initialize(plan))
+        return Engine(plan, Engine._initialize(plan))
+
+    @staticmethod
+    def _initialize(plan: Plan) -> Any:
+        config = copy.deepcopy(plan.deepspeed)
+        model = skeleton(
+            plan.model, precision=plan.job.precision, attention=plan.job.attention
+        )
+        filler = Filler(model, plan.model, seed=plan.job.seed, device=current_device())
+        if plan.strategy.zero == 3:
+            _fill_partitioned(model, filler, config)
+        else:
+            filler.fill("")
+        if plan.strategy.activation_checkpointing == "full":
+            recompute(list(blocks_of(model)), plan.strategy.recompute_layers)
+        return initialize(model, config)
+
+    def _data_parallel(self) -> tuple[int, int]:
+        return self.rank, self.world
+
+    def train_step(self, micro_batches: Sequence[torch.Tensor]) -> float:
+        """One optimizer step; mean loss of the global batch, the same number on all ranks."""
+        self._check_batches(micro_batches)
+        self.deepspeed.train()
+        total = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            ids = batch.to(self.device, non_blocking=True)
+            loss = causal_lm_loss(self.deepspeed(input_ids=ids).logits, ids)
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+            total += loss.detach()
+        return self._mean_over_ranks(total, len(micro_batches))
+
+    def evaluate(self, batches: Iterable[torch.Tensor]) -> float:
+        """Mean loss over the batches of all data-parallel ranks, no step.
+
+        Every rank passes the same number of batches, each of the same shape: ZeRO-3 gathers
+        weights in every forward pass and waits for the others.
+        """
+        self.deepspeed.eval()
+        total, count = torch.zeros((), device=self.device), 0
+        with torch.no_grad():
+            for batch in batches:
+                ids = batch.to(self.device, non_blocking=True)
+                total += causal_lm_loss(self.deepspeed(input_ids=ids).logits, ids)
+                count += 1
+        self.deepspeed.train()
+        if count == 0:
+            raise UsageError("there is not one batch to evaluate on")
+        return self._mean_over_ranks(total, count)
+
+    def _mean_over_ranks(self, total: torch.Tensor, count: int) -> float:
+        if self.world > 1:
+            torch.distributed.all_reduce(total)
+        return float(total) / (count * self.world)
+
+    def _check_batches(self, micro_batches: Sequence[torch.Tensor]) -> None:
+        strategy, job = self.plan.strategy, self.plan.job
+        shapes = {tuple(batch.shape) for batch in micro_batches}
+        expected = (strategy.micro_batch, job.seq_len)
+        if len(micro_batches) != strategy.grad_accum or shapes != {expected}:
+            raise UsageError(
+                f"a step takes {strategy.grad_accum} micro-batches of the shape {expected}, "
+                f"given {len(micro_batches)} of {sorted(shapes)}"
+            )
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+
+    @property
+    def last_grad_norm(self) -> float | None:
+        """2-norm of the whole gradient before clipping, at the last step; null before the first."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None or self.deepspeed.global_steps == 0 else float(norm)
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """Write all that `load` needs; `client_state` must be JSON (position in the data, ledger …)."""
+        with quiet():
+            engine_state.save(self.deepspeed, self.plan, folder, client_state)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue where `save` was called, bit for bit; returns its `client_state`.
+
+        Into a freshly built engine of the same plan: ZeRO-3 cannot load over a used one. Check the
+        hashes first (`runner/checkpoint.py` does).
+        """
+        with quiet():
+            return engine_state.load(self.deepspeed, self.plan, folder)
+
+    def gather_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """On rank 0 all weights by transformers' names, on the CPU, ties kept; null on the others."""
+        from outlay.runner.export import host_copies
+
+        module: nn.Module = self.deepspeed.module
+        values: dict[int, torch.Tensor] = {}
+        for part in parts_of(module):
+            tensors = list(module.get_submodule(part).parameters())
+            with _gathered(tensors, self.plan.strategy.zero):
+                if self.rank == 0:
+                    host_copies(tensors, values)
+        if self.rank != 0:
+            return None
+        state = module.state_dict(keep_vars=True)
+        host_copies([t for t in state.values() if id(t) not in values], values)
+        return {name: values[id(tensor)] for name, tensor in state.items()}
+
+    def close(self) -> None:
+        """Free the model, the optimizer and the groups; the process group of the ranks stays."""
+        if self.deepspeed is None:
+            return
+        torch.distributed.barrier()
+        self.deepspeed.destroy()
+        self.deepspeed = None
+        functional.linear = _LINEAR
+        gc.collect()
+        _destroy_groups()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def current_device() -> torch.device:
+    """Where this rank computes."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def initialize(model: nn.Module, config: dict[str, Any]) -> Any:
+    """`deepspeed.initialize`, with its refusals as one clear error."""
+    import deepspeed
+
+    weights = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with quiet():
+            return deepspeed.initialize(model=model, model_parameters=weights, config=config)[0]
+    except (AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        raise UsageError(
+            "DeepSpeed refuses the configuration of this plan",
+            why=str(error) or type(error).__name__,
+            do="plan again, or correct the plan's `deepspeed` section",
+        ) from error
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Random numbers of this rank (dropout, shuffles): other ranks get other ones."""
+    import numpy as np
+
+    mixed = (seed * 1_000_003 + rank) % 2**32
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def _fill_partitioned(model: nn.Module, filler: Filler, config: dict[str, Any]) -> None:
+    """Fill and split one part at a time, so that no rank ever holds the whole model."""
+    import deepspeed
+
+    with quiet():
+        for part in parts_of(model):
+            deepspeed.zero.Init(module=filler.fill(part), config_dict_or_path=config)
+
+
+def _gathered(parameters: list[nn.Parameter], zero: int) -> contextlib.AbstractContextManager[Any]:
+    if zero < 3 or not parameters:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    return gathered
+
+
+def _keep_grad_norm(engine: Any) -> None:
+    """Without ZeRO in fp32 DeepSpeed clips but throws the norm away; keep it."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip() -> None:
+        engine._global_grad_norm = clip_grad_norm_(
+            parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
+        )
+
+    engine.clip_fp32_gradients = clip
+
+
+def _destroy_groups() -> None:
+    """Destroy every process group but the ranks' own, and DeepSpeed's memory of them."""
+    from deepspeed.runtime.pipe import p2p
+    from deepspeed.utils import groups
+    from torch.distributed import distributed_c10d
+
+    world = distributed_c10d._get_default_group()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not world:
+            torch.distributed.destroy_process_group(group)
+    groups._release_process_group_references(None)
+    p2p._grid = None

@@ -1,0 +1,186 @@
+"""The run folder: what lies where, who may work in it, and what earlier attempts have used."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from outlay.planner.spec.files import (
+    check_schema,
+    parse,
+    read_mapping,
+    to_json,
+    to_yaml,
+    write_text,
+)
+from outlay.planner.spec.plan import SCHEMA_PLAN, Plan
+from outlay.profiles.errors import UsageError
+
+SCHEMA_ATTEMPTS = "outlay/attempts@1"
+
+HEARTBEAT_S = 2.0
+"""How often the supervisor notes what is spent, so that a kill -9 hides no more than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of the supervisor."""
+
+    started_at: str
+    elapsed_s: float
+    """Wall time from its start, as last noted."""
+    ready_s: float | None = None
+    """From its start until the last rank was ready to train; null if that did not come."""
+    ended: bool = False
+    """False while it runs, and for ever after a kill -9."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempts:
+    """`attempts.json`: each start of the supervisor, the oldest first."""
+
+    attempts: tuple[Attempt, ...] = ()
+    schema: str = SCHEMA_ATTEMPTS
+
+    def spent_s(self) -> float:
+        """Wall time of all of them; one that was killed is charged to its next heartbeat."""
+        return sum(a.elapsed_s + (0.0 if a.ended else HEARTBEAT_S) for a in self.attempts)
+
+    def with_last(self, attempt: Attempt) -> Attempts:
+        return replace(self, attempts=(*self.attempts[:-1], attempt))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below one run."""
+
+    root: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.yaml"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.root / "ds_config.json"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def outcome(self) -> Path:
+        return self.root / "outcome.json"
+
+    @property
+    def measurement(self) -> Path:
+        return self.root / "measurement.json"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
+
+    def failure(self, rank: int) -> Path:
+        return self.root / f"failure-rank-{rank}.json"
+
+    def failures(self) -> list[Path]:
+        return sorted(self.root.glob("failure-rank-*.json"))
+
+    def read_plan(self) -> Plan:
+        mapping = read_mapping(self.plan)
+        check_schema(mapping, SCHEMA_PLAN, self.plan)
+        return parse(Plan, mapping, path=self.plan)
+
+    def write_plan(self, plan: Plan) -> None:
+        write_text(self.plan, to_yaml(plan))
+        write_text(self.deepspeed, to_json(plan.deepspeed))
+
+    def read_attempts(self) -> Attempts:
+        if not self.attempts.exists():
+            return Attempts()
+        mapping = read_mapping(self.attempts)
+        check_schema(mapping, SCHEMA_ATTEMPTS, self.attempts)
+        return parse(Attempts, mapping, path=self.attempts)
+
+    def write_attempts(self, attempts: Attempts) -> None:
+        write_text(self.attempts, to_json(attempts))
+
+    def is_run(self) -> bool:
+        return self.plan.is_file() and self.attempts.is_file()
+
+    def require_new(self) -> None:
+        """A new run needs a folder that is empty or not there yet."""
+        if not self.root.exists():
+            return
+        if not self.root.is_dir():
+            raise UsageError("this is a file, a folder was expected", where=str(self.root))
+        if self.is_run():
+            raise UsageError(
+                "this folder already holds a run",
+                where=str(self.root),
+                do=f"outlay resume {self.root}, or choose another folder",
+            )
+        # names with a dot are the lock and unfinished data of a start that was refused or killed
+        if any(not p.name.startswith(".") for p in self.root.iterdir()):
+            raise UsageError(
+                "this folder is not empty, and not a run",
+                where=str(self.root),
+                do="choose an empty or a new folder",
+            )
+
+    def require_run(self) -> None:
+        if not self.is_run():
+            raise UsageError(
+                "this is not the folder of a run",
+                where=str(self.root),
+                why="it holds no plan.yaml and attempts.json",
+                do="start one with: outlay run PLAN --dir RUN",
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; the kernel lets go of it however the process ends."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        path = self.root / ".lock"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise UsageError(
+                "this run is alive", where=str(self.root), why=f"process {owner} works in it"
+            ) from None
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(handle)

@@ -1,0 +1,89 @@
+"""What this runner does not run, refused before any memory is taken, with the difference."""
+
+from __future__ import annotations
+
+from outlay.planner.spec.plan import Plan
+from outlay.profiles.errors import UsageError
+
+_ONE_ONLY = {
+    "tp": "tensor parallel",
+    "sp": "sequence parallel",
+    "ep": "expert parallel",
+    "cp": "context parallel",
+    "vpp": "virtual pipeline stages",
+}
+
+
+def refuse(plan: Plan, world: int, accelerator: str) -> None:
+    """Raise UsageError where the plan cannot be run by these ranks; `accelerator`: cpu, cuda …"""
+    _refuse_strategy(plan, world)
+    _refuse_precision(plan, accelerator)
+    _refuse_mismatch(plan)
+
+
+def _refuse_strategy(plan: Plan, world: int) -> None:
+    strategy = plan.strategy
+    if strategy.world != world:
+        raise UsageError(
+            f"the plan is for {strategy.world} ranks ({strategy.label()}), this run has {world}",
+            do=f"start {strategy.world} ranks, or plan for {world}",
+        )
+    for key, what in _ONE_ONLY.items():
+        if getattr(strategy, key) > 1:
+            raise UsageError(f"{what} ({key}={getattr(strategy, key)}) is not run yet", do="plan with 1")
+    if strategy.sequence_parallel:
+        raise UsageError("sequence_parallel (Megatron's) is estimated only", do="plan without it")
+    if strategy.loss != "plain":
+        raise UsageError(f"the {strategy.loss} loss is not run yet", do="plan with loss: plain")
+    if strategy.activation_checkpointing == "selective":
+        raise UsageError(
+            "selective activation checkpointing is estimated only",
+            do="plan with activation_checkpointing: full or none",
+        )
+    if strategy.pp > 1 and strategy.zero > 1:
+        raise UsageError(
+            f"a pipeline of {strategy.pp} stages does not go with ZeRO-{strategy.zero}",
+            why="DeepSpeed's pipeline accumulates whole gradients; it takes ZeRO 0 or 1",
+            do="plan with zero: 1, or pp: 1",
+        )
+
+
+def _refuse_precision(plan: Plan, accelerator: str) -> None:
+    precision = plan.job.precision
+    if precision == "fp8":
+        raise UsageError("precision fp8 is estimated only", do="plan with bf16")
+    if accelerator == "cpu" and precision in ("fp16", "tf32"):
+        raise UsageError(f"precision {precision} does not exist on CPU", do="plan with fp32 or bf16")
+    if accelerator == "cpu" and plan.job.attention == "flash":
+        raise UsageError("attention flash needs a GPU", do="plan with attention: sdpa")
+    for key in ("bf16", "fp16"):
+        enabled = bool(plan.deepspeed.get(key, {}).get("enabled", False))
+        if enabled != (precision == key):
+            raise UsageError(
+                f"the job says {precision}, the plan's deepspeed section has {key}.enabled: "
+                f"{str(enabled).lower()}",
+                do="plan again, or make both say the same",
+            )
+
+
+def _refuse_mismatch(plan: Plan) -> None:
+    """A plan is a file that people edit: its two halves must say the same."""
+    strategy, config = plan.strategy, plan.deepspeed
+    expected = {
+        "train_batch_size": strategy.global_batch,
+        "train_micro_batch_size_per_gpu": strategy.micro_batch,
+        "gradient_accumulation_steps": strategy.grad_accum,
+    }
+    for key, value in expected.items():
+        if config.get(key, value) != value:
+            raise UsageError(
+                f"deepspeed.{key} is {config[key]}, the strategy makes it {value}",
+                why=f"{strategy.label()}: global batch = micro_batch·grad_accum·dp",
+                do="plan again, or make both say the same",
+            )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage != strategy.zero:
+        raise UsageError(
+            f"deepspeed.zero_optimization.stage is {stage}, the strategy says ZeRO-{strategy.zero}",
+            do="plan again, or make both say the same",
+        )

@@ -1,0 +1,383 @@
+"""The training loop of one rank: steps, saves and evaluations until the end, the budget or a signal."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from outlay.planner.spec.files import to_json, write_text
+from outlay.planner.spec.measurement import Outcome, RunState
+from outlay.planner.spec.plan import Plan
+from outlay.profiles.errors import (
+    EXIT_BUDGET,
+    EXIT_DONE,
+    EXIT_RESTART_ME,
+    OutlayError,
+    UsageError,
+)
+from outlay.runner.budget import SHUTDOWN_S, Bounds, Meter, UpperBound, measure_write_rate
+from outlay.runner.checkpoint import save_checkpoint
+from outlay.runner.data.dataset import TokenDataset
+from outlay.runner.events import EventLog
+from outlay.runner.export import export_safetensors
+from outlay.runner.folder import RunFolder
+from outlay.runner.observed import measurement, memory_now_bytes, peak_memory
+from outlay.runner.schedule import learning_rate
+from outlay.runner.telemetry import Scalars
+
+if TYPE_CHECKING:
+    from outlay.runner.engine import Engine, RankInfo
+
+REHEARSE_AFTER = 3
+"""Steps of an attempt after which a run with a budget saves for the first time, to know what a
+save takes, and times evaluation; they are also the steps that are left out of the timings."""
+
+_EXIT_CODES: dict[RunState, int] = {
+    "done": EXIT_DONE,
+    "budget": EXIT_BUDGET,
+    "stopped": EXIT_RESTART_ME,
+}
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT; the loop looks at it between steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, _number: int, _frame: object) -> None:
+        self.requested = True
+
+
+class Votes:
+    """Small integers that all ranks must agree on, over gloo so that no device is waited for."""
+
+    def __init__(self, world: int) -> None:
+        self._world = world
+        self._group = dist.new_group(backend="gloo") if world > 1 else None
+
+    def largest(self, *values: int) -> list[int]:
+        """Element by element the largest that any rank says."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        if self._group is not None:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return [int(v) for v in tensor]
+
+    def gather(self, value: int) -> list[int]:
+        """What each rank says, by rank."""
+        if self._group is None:
+            return [value]
+        tensors = [torch.zeros(1, dtype=torch.int64) for _ in range(self._world)]
+        dist.all_gather(tensors, torch.tensor([value]), group=self._group)
+        return [int(t) for t in tensors]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What all ranks do before the next step."""
+
+    signalled: bool
+    over_budget: bool
+    save: bool
+    evaluate: bool
+    rehearse: bool
+
+
+class Trainer:
+    """One rank's part of a run. Rank 0 decides, writes events and keeps the scalars."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        *,
+        engine: Engine,
+        info: RankInfo,
+        dataset: TokenDataset,
+        meter: Meter,
+        log: EventLog,
+        stop: StopRequest,
+    ) -> None:
+        self.plan, self.job, self.strategy = plan, plan.job, plan.strategy
+        self.folder, self.engine, self.info = folder, engine, info
+        self.dataset, self.meter, self.log, self.stop = dataset, meter, log, stop
+        self.lead = info.rank == 0
+        self.votes = Votes(info.world)
+        self.step = self.first_step = 0
+        self.saved_step: int | None = None
+        self.checkpoint: str | None = None
+        self.loss: float | None = None
+        self.step_times_s: list[float] = []
+        self.scalars = Scalars(folder.tensorboard) if self.lead else None
+        grid = {
+            "dp_size": engine.dp_size,
+            "micro_batch": self.strategy.micro_batch,
+            "sequences": self.job.eval_sequences,
+        }
+        batches = dataset.heldout_batches(engine.dp_rank, **grid)
+        self.heldout = [torch.from_numpy(batch) for batch in batches]
+        self.unigram = dataset.heldout_unigram_nats(**grid) if self.lead else None
+        self.bounds = self._first_bounds()
+
+    def _first_bounds(self) -> Bounds:
+        estimate_s = self.plan.estimate.get("step", {}).get("high_s", 0.0)
+        limited = self.lead and self.meter.limit_s is not None
+        return Bounds(
+            step_guess_s=float(estimate_s),
+            parameters=self.plan.model.parameters,
+            write_bytes_per_s=measure_write_rate(self.folder.root) if limited else math.inf,
+        )
+
+    def restore(self, state: dict[str, Any], checkpoint: str) -> None:
+        """Take up where a checkpoint ends; its data must be this data."""
+        if state["data"] != self._data_identity():
+            raise UsageError(
+                "this checkpoint was made with other data",
+                where=checkpoint,
+                why=f"{state['data']}, now {self._data_identity()}",
+                do="resume with the dataset, seq_len, seed and global batch that it was started with",
+            )
+        self.step = self.first_step = self.saved_step = int(state["step"])
+        self.loss, self.checkpoint = state["train_loss"], checkpoint
+
+    def run(self) -> int:
+        """Train to the end of the run and write its outcome; returns the exit code."""
+        while True:
+            orders = self._orders()
+            if orders.signalled:
+                return self._finish("stopped", "stopped by a signal")
+            if orders.save:
+                self._save()
+            if orders.rehearse:
+                self._rehearse()
+            if orders.evaluate:
+                self._evaluate()
+            if self.step >= self.job.steps:
+                return self._finish("done", f"all {self.job.steps} steps done")
+            if orders.over_budget:
+                return self._finish("budget", f"the budget of {self.meter.binding} is used up")
+            self._train_step()
+
+    def _orders(self) -> Orders:
+        """Rank 0 decides, any rank may have received a signal, and all get the same orders."""
+        wishes = [0, 0, 0, 0]
+        if self.lead:
+            wishes = [int(wish) for wish in self._wishes()]
+        signalled, *rest = self.votes.largest(int(self.stop.requested), *wishes)
+        over, save, evaluate, rehearse = map(bool, rest)
+        return Orders(
+            signalled=bool(signalled), over_budget=over, save=save, evaluate=evaluate, rehearse=rehearse
+        )
+
+    def _wishes(self) -> tuple[bool, bool, bool, bool]:
+        """(over budget, save, evaluate, rehearse); an extra save only if the end still fits after it."""
+        bounds, done = self.bounds, self.step - self.first_step
+        step_s, finish_s = bounds.step.upper_s(), bounds.finish_s()
+        over = self.meter.decide(step_s, finish_s)
+        last = self.step >= self.job.steps
+        if over or last or done == 0:
+            return over, False, False, False
+        rehearse = self.meter.limit_s is not None and done == REHEARSE_AFTER
+        save = rehearse or _due(self.job.save_every, self.step)
+        evaluate = _due(self.job.eval_every, self.step)
+        save = save and self.meter.affords(step_s + bounds.save.upper_s() + finish_s)
+        evaluate = evaluate and self.meter.affords(step_s + bounds.evaluate.upper_s() + finish_s)
+        return False, save, evaluate, rehearse
+
+    def _train_step(self) -> None:
+        began_s = time.monotonic()
+        lr = learning_rate(self.job.schedule, self.job.optimizer.lr, self.step, self.job.steps)
+        self.engine.set_lr(lr)
+        loss = self.engine.train_step([self._batch(i) for i in range(self.strategy.grad_accum)])
+        took_s = time.monotonic() - began_s
+        self.step += 1
+        self.step_times_s.append(took_s)
+        if len(self.step_times_s) == 2 * REHEARSE_AFTER:
+            self.bounds.step.forget_first(REHEARSE_AFTER)
+        self.bounds.step.add(took_s)
+        if not self.bounds.evaluate.measured:
+            # a forward pass takes no longer than a forward and a backward one
+            self.bounds.evaluate.guess(len(self.heldout) * took_s / self.strategy.grad_accum + 0.5)
+        self._report_step(loss, lr, took_s)
+        if not math.isfinite(loss):
+            raise OutlayError(
+                f"the loss of step {self.step} is not finite",
+                why=f"learning rate {lr:.3g}, loss before {self.loss}",
+                do="resume from the last checkpoint with a lower learning rate or another precision",
+            )
+        self.loss = loss
+
+    def _batch(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(
+            self.dataset.batch(
+                self.step,
+                index,
+                self.engine.dp_rank,
+                dp_size=self.engine.dp_size,
+                micro_batch=self.strategy.micro_batch,
+                grad_accum=self.strategy.grad_accum,
+            )
+        )
+
+    def _report_step(self, loss: float, lr: float, took_s: float) -> None:
+        if not self.lead:
+            return
+        spent = self.meter.spent()
+        values = {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": self.engine.last_grad_norm,
+            "step_s": took_s,
+            "tokens_per_s": self.job.tokens_per_step / took_s,
+            "spent_usd": spent.cost_usd,
+            "spent_s": spent.wall_s,
+        }
+        self.log.write("step", self.step, **values)
+        assert self.scalars is not None
+        self.scalars.add("train", self.step, **values, memory_bytes=memory_now_bytes())
+
+    def _save(self) -> None:
+        began_s = time.monotonic()
+        state = {
+            "step": self.step,
+            "tokens": self.step * self.job.tokens_per_step,
+            "spent_s": self.meter.spent().wall_s,
+            "train_loss": self.loss,
+            "data": self._data_identity(),
+        }
+        path = save_checkpoint(self.engine, self.folder.checkpoints, self.step, state)
+        took_s = time.monotonic() - began_s
+        self.bounds.save.add(took_s)
+        self.saved_step, self.checkpoint = self.step, str(path)
+        if self.lead:
+            size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+            self._guess_export(took_s, size)
+            self.log.write("save", self.step, path=str(path), save_s=took_s, size_bytes=size)
+
+    def _guess_export(self, save_s: float, save_bytes: int) -> None:
+        """All ranks wrote the checkpoint; one writes the export, with at most 4 bytes a weight."""
+        share = 4 * self.plan.model.parameters * self.info.world / max(1, save_bytes)
+        self.bounds.export.guess(1.5 * save_s * share + 1.0)
+
+    def _data_identity(self) -> dict[str, Any]:
+        return {
+            "train_sha256": self.dataset.info.train.sha256,
+            "seq_len": self.job.seq_len,
+            "seed": self.job.seed,
+            "global_batch": self.job.global_batch,
+        }
+
+    def _rehearse(self) -> None:
+        """Time one held-out batch: evaluation is bounded by it until one was done."""
+        if self.bounds.evaluate.measured:
+            return
+        self.engine.evaluate(self.heldout[:1])
+        began_s = time.monotonic()
+        self.engine.evaluate(self.heldout[:1])
+        each_s = time.monotonic() - began_s
+        self.bounds.evaluate.guess(1.3 * len(self.heldout) * each_s + 0.3)
+
+    def _evaluate(self) -> float:
+        began_s = time.monotonic()
+        loss = self.engine.evaluate(self.heldout)
+        took_s = time.monotonic() - began_s
+        self.bounds.evaluate.add(took_s)
+        if self.lead:
+            self.log.write("eval", self.step, loss=loss, unigram=self.unigram, eval_s=took_s)
+            assert self.scalars is not None
+            self.scalars.add("heldout", self.step, loss=loss, unigram=self.unigram)
+        return loss
+
+    def _finish(self, state: RunState, reason: str) -> int:
+        """Save; unless stopped by a signal evaluate and export, as far as the budget reaches."""
+        if self.lead:
+            self.log.write("stop", self.step, message=reason, state=state)
+        # nothing trained is worth a save only if there is time for it
+        if self.saved_step != self.step and (
+            self.step > 0 or self._affords(self.bounds.save, "a first checkpoint")
+        ):
+            self._save()
+        heldout = exported = None
+        if state != "stopped":
+            if self._affords(self.bounds.evaluate, "the held-out evaluation"):
+                heldout = self._evaluate()
+            if self._affords(self.bounds.export, "the export"):
+                exported = self._export()
+        memory = peak_memory(self.votes.gather)
+        if self.lead:
+            self._write_measurement(*memory)
+            self._write_outcome(state, reason, heldout, exported)
+        return _EXIT_CODES[state]
+
+    def _affords(self, bound: UpperBound, what: str) -> bool:
+        """Rank 0's answer for all; what is left out is said."""
+        upper_s = bound.upper_s()
+        short = self.lead and not self.meter.affords(upper_s + SHUTDOWN_S)
+        (left_out,) = self.votes.largest(int(short))
+        if left_out and self.lead:
+            left_s = max(0.0, self.meter.remaining_s() or 0.0)
+            self.log.write(
+                "warning",
+                self.step,
+                message=f"{what} is left out: it may take {upper_s:.1f} s, the end {SHUTDOWN_S:.1f} s, "
+                f"and the budget has {left_s:.1f} s left",
+            )
+        return not left_out
+
+    def _export(self) -> str:
+        began_s = time.monotonic()
+        weights = self.engine.gather_state_dict()
+        if self.lead:
+            export_safetensors(
+                weights, self.plan, self.folder.export, self.dataset.tokenizer_path
+            )
+            took_s = time.monotonic() - began_s
+            self.log.write("export", self.step, path=str(self.folder.export), export_s=took_s)
+        return str(self.folder.export)
+
+    def _write_measurement(self, kind: str | None, memory_bytes: tuple[int, ...]) -> None:
+        result = measurement(
+            self.plan,
+            name=self.folder.root.name,
+            step_times_s=self.step_times_s,
+            left_out=REHEARSE_AFTER,
+            memory_kind=kind,
+            memory_bytes=memory_bytes,
+            cost_usd=self.meter.spent().cost_usd,
+        )
+        write_text(self.folder.measurement, to_json(result))
+
+    def _write_outcome(
+        self, state: RunState, reason: str, heldout: float | None, exported: str | None
+    ) -> None:
+        """The last thing that is written: whoever finds it may end the processes."""
+        assert self.scalars is not None
+        self.scalars.close()
+        spent = self.meter.spent()
+        outcome = Outcome(
+            state=state,
+            exit_code=_EXIT_CODES[state],
+            reason=reason,
+            steps=self.step,
+            tokens=self.step * self.job.tokens_per_step,
+            wall_s=spent.wall_s,
+            cost_usd=spent.cost_usd,
+            train_loss=self.loss,
+            heldout_loss=heldout,
+            checkpoint=self.checkpoint,
+            export=exported,
+            heldout_unigram=None if heldout is None else self.unigram,
+        )
+        write_text(self.folder.outcome, to_json(outcome))
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,194 @@
+"""Functions that tests run inside living ranks, and the small plans they run.
+
+`pool.call("ranks:train", plan, steps)`: everything here is importable by a rank and returns
+plain values. The `ranks` fixture is in conftest.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from outlay.planner.spec.cluster import Cluster, Link
+from outlay.planner.spec.job import Job, Optimizer
+from outlay.planner.spec.plan import ModelSource, Plan
+from outlay.planner.spec.strategy import Strategy
+from outlay.profiles.loader import Accelerator
+
+SEQ_LEN = 32
+VOCAB = 256
+GLOBAL_BATCH = 8
+
+_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "model_type": "mistral", "sliding_window": 16},
+    "qwen2": {**_LLAMA, "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {**_LLAMA, "model_type": "qwen3", "head_dim": 16},
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": VOCAB,
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    },
+    "gpt_neox": {
+        **{k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"},
+        "model_type": "gpt_neox",
+    },
+}
+
+
+def cpu_cluster(ranks: int) -> Cluster:
+    """`ranks` CPU processes; nothing is read from this machine."""
+    return Cluster(
+        accelerator=Accelerator(name="cpu", title="CPU", vendor="any", kind="cpu"),
+        nodes=1,
+        ranks_per_node=ranks,
+        usable_bytes=1 << 30,
+        intra=Link(kind="shm", bytes_per_s=1e9, latency_s=1e-4, source="test"),
+        inter=None,
+        source="test",
+    )
+
+
+def tiny_plan(
+    family: str = "llama",
+    *,
+    precision: str = "fp32",
+    steps: int = 20,
+    config: dict[str, Any] | None = None,
+    job: dict[str, Any] | None = None,
+    **strategy: Any,
+) -> Plan:
+    """A plan for a model of about 0.1 M parameters; `strategy` overrides dp=2, micro_batch=…"""
+    from outlay.planner.emit.deepspeed import deepspeed_config
+    from outlay.planner.spec.families import spec_from_config
+
+    chosen = {"dp": 2, **strategy}
+    chosen.setdefault("grad_accum", 2)
+    chosen.setdefault("micro_batch", GLOBAL_BATCH // chosen["dp"] // chosen["grad_accum"])
+    how = Strategy(**chosen)
+    what = Job(
+        model=family,
+        seq_len=SEQ_LEN,
+        global_batch=how.global_batch,
+        steps=steps,
+        precision=precision,  # type: ignore[arg-type]
+        optimizer=Optimizer(lr=3e-3),
+        seed=7,
+        **(job or {}),
+    )
+    cluster = cpu_cluster(how.world)
+    model_config = {**CONFIGS[family], **(config or {})}
+    spec = spec_from_config(model_config, name=family, source="test")
+    return Plan(
+        created="2026-01-01T00:00:00Z",
+        outlay_version="test",
+        model=ModelSource(name=family, source="test", parameters=0, config=model_config),
+        job=what,
+        cluster=cluster,
+        strategy=how,
+        estimate={},
+        deepspeed=deepspeed_config(what, how, spec, cluster),
+        considered=1,
+        feasible=1,
+    )
+
+
+def with_strategy(plan: Plan, **changes: Any) -> Plan:
+    """The plan with another strategy but the same DeepSpeed section (a plan edited by hand)."""
+    return dataclasses.replace(plan, strategy=dataclasses.replace(plan.strategy, **changes))
+
+
+def global_batch(step: int) -> Any:
+    """Token ids [GLOBAL_BATCH, SEQ_LEN] of a step: counting with a stride, so that there is a loss to lower."""
+    import torch
+
+    made = torch.Generator().manual_seed(1000 + step)
+    start = torch.randint(0, VOCAB, (GLOBAL_BATCH, 1), generator=made)
+    stride = torch.randint(1, 4, (GLOBAL_BATCH, 1), generator=made)
+    return (start + stride * torch.arange(SEQ_LEN)) % VOCAB
+
+
+def micro_batches(plan: Plan, step: int, dp_rank: int) -> list[Any]:
+    """What data-parallel rank `dp_rank` sees of that step."""
+    strategy = plan.strategy
+    share = global_batch(step).chunk(strategy.dp)[dp_rank]
+    return list(share.split(strategy.micro_batch))
+
+
+def train(plan: Plan, steps: int) -> dict[str, Any]:
+    """Build, train, gather, close: losses, gradient norms, held-out loss, weights (rank 0)."""
+    from outlay.runner.engine import Engine
+
+    engine = Engine.build(plan)
+    try:
+        losses, norms = [], []
+        for step in range(steps):
+            losses.append(engine.train_step(micro_batches(plan, step, engine.dp_rank)))
+            norms.append(engine.last_grad_norm)
+        batches = [b for s in (900, 901) for b in micro_batches(plan, s, engine.dp_rank)]
+        heldout = engine.evaluate(batches)
+        state = engine.gather_state_dict()
+        return {
+            "losses": losses,
+            "norms": norms,
+            "heldout": heldout,
+            "weights": None if state is None else {k: v.numpy() for k, v in state.items()},
+            "dp_rank": engine.dp_rank,
+            "is_loss_rank": engine.is_loss_rank,
+            "pipeline": engine.pipeline,
+        }
+    finally:
+        engine.close()
+
+
+def reference(plan: Plan, steps: int) -> dict[str, Any]:
+    """The same training in one process with nothing but torch: AdamW and clipping."""
+    import torch
+
+    from outlay.runner.model import build_model, causal_lm_loss
+
+    job = plan.job
+    model = build_model(plan.model, precision=job.precision, attention=job.attention, seed=job.seed)
+    model.train()
+    how = job.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=how.lr, betas=how.betas, eps=how.eps, weight_decay=how.weight_decay
+    )
+    losses, norms = [], []
+    for step in range(steps):
+        ids = global_batch(step)
+        loss = causal_lm_loss(model(input_ids=ids).logits, ids)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        norms.append(float(norm))
+    model.eval()
+    with torch.no_grad():
+        heldout = [
+            float(causal_lm_loss(model(input_ids=ids).logits, ids))
+            for ids in (global_batch(900), global_batch(901))
+        ]
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return {"losses": losses, "norms": norms, "heldout": sum(heldout) / 2, "weights": weights}

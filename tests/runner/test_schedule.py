@@ -1,0 +1,50 @@
+"""Warm-up, decay, end: what the learning rate is at the steps that matter."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outlay.planner.spec.job import Schedule
+from outlay.profiles.errors import UsageError
+from outlay.runner.schedule import check_schedule, learning_rate
+
+
+def rates(schedule: Schedule, steps: int) -> list[float]:
+    return [learning_rate(schedule, 1.0, step, steps) for step in range(steps)]
+
+
+def test_warm_up_reaches_the_peak_and_never_starts_at_zero() -> None:
+    values = rates(Schedule(name="constant", warmup_steps=4), 10)
+    assert values == pytest.approx([0.25, 0.5, 0.75, 1.0] + 6 * [1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "middle"), [("linear", 1 - 0.9 * 0.5), ("cosine", 0.1 + 0.9 * 0.5)]
+)
+def test_decay_is_half_way_in_the_middle_and_ends_at_the_final_fraction(name, middle) -> None:
+    values = rates(Schedule(name=name, warmup_steps=10, final_fraction=0.1), 110)
+    assert values[59] == pytest.approx(middle)
+    assert values[-1] == pytest.approx(0.1)
+
+
+@given(
+    name=st.sampled_from(["constant", "linear", "cosine"]),
+    steps=st.integers(1, 300),
+    warmup=st.integers(0, 300),
+    final=st.floats(0, 1),
+)
+def test_rises_then_never_rises_again(name, steps, warmup, final) -> None:
+    warmup = min(warmup, steps)
+    values = rates(Schedule(name=name, warmup_steps=warmup, final_fraction=final), steps)
+    assert all(0 <= v <= 1 + 1e-12 for v in values)
+    assert values[:warmup] == sorted(values[:warmup])
+    after = values[max(0, warmup - 1) :]
+    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+
+
+@pytest.mark.parametrize("bad", [{"warmup_steps": 11}, {"warmup_steps": -1}, {"final_fraction": 2}])
+def test_nonsense_is_refused(bad) -> None:
+    with pytest.raises(UsageError):
+        check_schedule(Schedule(**bad), 10)
