@@ -124,6 +124,35 @@ def _from_instance(match: re.Match[str], gbps: float | None, price: float | None
     )
 
 
+_NETWORK = re.compile(r"(?:(\d+)x)?\s*(\d+)\s*gb(?:ps|/s)(\s*(?:/node|per node))?", re.I)
+
+
+def cluster_of(a: Accelerator, *, gpus: int, per_node: int, interconnect: str) -> Cluster:
+    """A cluster from what a published measurement says: a count, and words on the interconnect.
+
+    `8x200Gb` and `1600Gbps/node` are the node's; a bare `400Gb/s` is one accelerator's. Where
+    nothing is said, `network.assumed_gbps_per_accelerator` of links.yaml is taken, and said so.
+    """
+    usable, notes = _usable(a)
+    nodes = -(-gpus // per_node)
+    assumed = read_yaml("efficiency/links.yaml")["network"]["assumed_gbps_per_accelerator"]
+    gbps, source = float(assumed["value"]) * per_node, f"guess: {assumed['source']}"
+    if match := _NETWORK.search(interconnect):
+        each = float(match[2])
+        node_total = each * int(match[1]) if match[1] else each * (1 if match[3] else per_node)
+        gbps, source = node_total, interconnect
+    return Cluster(
+        accelerator=a,
+        nodes=nodes,
+        ranks_per_node=per_node,
+        usable_bytes=usable,
+        intra=_intra_link(a, per_node),
+        inter=_inter_link(gbps, per_node, nodes, source),
+        source="case",
+        notes=notes,
+    )
+
+
 def read_cluster(path: str | Path) -> Cluster:
     """A cluster file, as `outlay probe --out` writes it."""
     value = read_mapping(path)

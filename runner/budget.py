@@ -20,7 +20,7 @@ from outlay.profiles.errors import NotFeasible, UsageError
 from outlay.profiles.units import format_seconds, format_usd
 
 SHUTDOWN_S = 2.0
-"""Kept for ranks that end after the outcome is on disk; the supervisor ends slower ones by force."""
+"""Kept for ranks to end in, once the outcome is on disk; slower ones are ended by force."""
 
 OPTIMISTIC_STARTUP_S = 4.0
 """Assumed least time from the supervisor's start to the first step, while a run has no measured
@@ -108,8 +108,8 @@ class Meter:
         needed_s = self.spent().wall_s + startup_s + SHUTDOWN_S
         raise NotFeasible(
             f"the budget of {self.binding} is too small to train anything",
-            why=f"{format_seconds(max(0.0, remaining_s))} of it are left; starting and ending takes "
-            f"at least {format_seconds(startup_s + SHUTDOWN_S)} ({source})",
+            why=f"{format_seconds(max(0.0, remaining_s))} of it are left; starting and ending "
+            f"takes at least {format_seconds(startup_s + SHUTDOWN_S)} ({source})",
             do=f"raise it above {self._in_words(needed_s)}, and add the time to train in",
         )
 
@@ -141,7 +141,7 @@ def _seconds(budget: Budget, price_usd_per_h: float | None, accelerators: int) -
 
 
 class UpperBound:
-    """What something takes at most next time, judged by what it took; `guess_s` before it happened."""
+    """What something takes at most next time, judged by what it took; `guess_s` before that."""
 
     def __init__(
         self, guess_s: float, *, factor: float = 1.25, slack_s: float = 0.05, window: int = 50
@@ -173,7 +173,7 @@ class UpperBound:
 
 
 class Bounds:
-    """Upper bounds of a step and of all that comes after the last one, from this run's own times."""
+    """Upper bounds of a step and of all that comes after the last, from this run's own times."""
 
     BYTES_A_PARAMETER = 16
     """Of a checkpoint before one was written: weights, fp32 copy and both Adam moments in fp32."""

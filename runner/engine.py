@@ -25,18 +25,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import OutlayError, UsageError
-from outlay.runner import engine_state
+from outlay.runner import engine_state, repairs
 from outlay.runner.host import tame_deepspeed
 from outlay.runner.model import Filler, blocks_of, causal_lm_loss, parts_of, recompute, skeleton
 from outlay.runner.refuse import refuse
-
-_LINEAR = functional.linear
-"""torch's own; ZeRO-3 replaces it for the whole process and leaves it so."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class RankInfo:
@@ -115,8 +110,9 @@ class Engine:
         self.dp_rank, self.dp_size = self._data_parallel()
         self.is_loss_rank = True
         """Whether the loss is computed here; `train_step` returns it everywhere all the same."""
-        engine_state.load_weights_only(engine)
-        _keep_grad_norm(engine)
+        repairs.load_weights_only(engine)
+        repairs.keep_grad_norm(engine)
+        repairs.forget_first_step(engine)
         seed_everything(plan.job.seed, self.rank)
 
     @classmethod
@@ -246,11 +242,10 @@ class Engine:
         if self.deepspeed is None:
             return
         torch.distributed.barrier()
-        self.deepspeed.destroy()
-        self.deepspeed = None
-        functional.linear = _LINEAR
+        engine, self.deepspeed = self.deepspeed, None
+        repairs.release(engine)
+        del engine
         gc.collect()
-        _destroy_groups()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -304,29 +299,3 @@ def _gathered(parameters: list[nn.Parameter], zero: int) -> contextlib.AbstractC
 
     gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
     return gathered
-
-
-def _keep_grad_norm(engine: Any) -> None:
-    """Without ZeRO in fp32 DeepSpeed clips but throws the norm away; keep it."""
-    from deepspeed.runtime.utils import clip_grad_norm_
-
-    def clip() -> None:
-        engine._global_grad_norm = clip_grad_norm_(
-            parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
-        )
-
-    engine.clip_fp32_gradients = clip
-
-
-def _destroy_groups() -> None:
-    """Destroy every process group but the ranks' own, and DeepSpeed's memory of them."""
-    from deepspeed.runtime.pipe import p2p
-    from deepspeed.utils import groups
-    from torch.distributed import distributed_c10d
-
-    world = distributed_c10d._get_default_group()
-    for group in list(distributed_c10d._world.pg_map):
-        if group is not world:
-            torch.distributed.destroy_process_group(group)
-    groups._release_process_group_references(None)
-    p2p._grid = None

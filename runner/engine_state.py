@@ -63,23 +63,6 @@ def load(engine: Any, plan: Plan, folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_weights_only(engine: Any) -> None:
-    """Make this engine read its shards without running code from them.
-
-    DeepSpeed unpickles with `weights_only=False`. Its shards hold three classes of its own, none
-    of which does more than carry numbers.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    def read(path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location=map_location, weights_only=True)
-
-    engine.checkpoint_engine.load = read
-
-
 def _rng_file(folder: Path, rank: int) -> Path:
     return folder / RNG_FOLDER / f"rank-{rank:05d}.pt"
 

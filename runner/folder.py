@@ -110,6 +110,12 @@ class RunFolder:
     def failure(self, rank: int) -> Path:
         return self.root / f"failure-rank-{rank}.json"
 
+    def dataset(self, plan: Plan) -> Path:
+        """The prepared dataset: the plan's own, or what was made from its text for this run."""
+        if plan.job.data is None:
+            raise UsageError("the plan names no data", do="plan with --data")
+        return self.data if plan.job.data.format == "text" else Path(plan.job.data.path)
+
     def failures(self) -> list[Path]:
         return sorted(self.root.glob("failure-rank-*.json"))
 

@@ -111,11 +111,14 @@ def tame_deepspeed() -> None:
     is no C++ compiler; plain gloo gives the same loss in about the same step time.
     """
     import logging
+    import warnings
 
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls torch's collectives by names that torch is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:2])
     first, beyond = _TAMED_DEEPSPEED
     if get_accelerator().device_name() == "cpu" and first <= version < beyond:

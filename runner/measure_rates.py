@@ -12,6 +12,7 @@ written against the same interface and has not been run on a GPU yet.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +40,7 @@ GEMM_SIZES = {"cpu": (256, 512, 1024, 2048), "cuda": (1024, 2048, 4096, 8192)}
 """Edges of square products: from a small model's layer to a size that no cache or launch hides."""
 MESSAGES_BYTES = (4 * KIB, 32 * KIB, 256 * KIB, 2 * MIB, 16 * MIB, 64 * MIB)
 STREAM_BYTES = {"cpu": 128 * MIB, "cuda": 1024 * MIB}
-"""Least size of an array of the memory test; on CPU twice the last-level cache where that is more."""
+"""Least array of the memory test; on CPU twice the last-level cache where that is more."""
 COPY_BYTES = 256 * MIB
 RAM_SHARE = 16
 """A rank's array of the memory test takes at most this part (one in so many) of its free memory."""
@@ -70,8 +72,10 @@ def measure_rates(
             "precisions": precisions,
             "seconds_each": seconds_each,
             "device": device,
-            "free_bytes": host.available_bytes // ranks,
             "folder": name,
+            "gemm_sizes": GEMM_SIZES,
+            "messages_bytes": MESSAGES_BYTES,
+            "stream_bytes": _stream_bytes(host.available_bytes // ranks),
         }
         _run_all(folder, task, limit_s=LIMIT_S + 40 * seconds_each)
         found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
@@ -95,6 +99,22 @@ def _check(
         raise UsageError("no precision to measure", do=f"use some of {', '.join(PRECISIONS)}")
     if importlib.util.find_spec("torch") is None:
         raise MissingExtra("torch", "run")
+
+
+def _stream_bytes(free_bytes: int) -> dict[str, int]:
+    """Size of an array of the memory test by device; a rank's share of the RAM bounds it on CPU."""
+    on_cpu = max(STREAM_BYTES["cpu"], 2 * _last_level_cache_bytes())
+    return STREAM_BYTES | {"cpu": min(on_cpu, free_bytes // RAM_SHARE)}
+
+
+def _last_level_cache_bytes() -> int:
+    """The largest cache that Linux names for the first core; 0 where it names none."""
+    found = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        factor = {"K": KIB, "M": MIB}.get(text[-1:], 1)
+        found.append(int(text.rstrip("KM")) * factor)
+    return max(found)
 
 
 def _combine(found: list[dict[str, Any]], ranks: int, threads: int, host: Host) -> Rates:
@@ -153,9 +173,9 @@ def _run_all(folder: Path, task: dict[str, Any], *, limit_s: float) -> None:
 
 
 def _command(rank: int, task: dict[str, Any]) -> list[str]:
-    return [
-        sys.executable, "-m", "outlay.runner.measure_rates", "--worker", str(rank), json.dumps(task)
-    ]  # fmt: skip
+    # -P: the working folder is a person's and may hold a file called torch.py.
+    worker = [sys.executable, "-P", "-m", "outlay.runner.measure_rates", "--worker"]
+    return [*worker, str(rank), json.dumps(task)]
 
 
 def _environment(rank: int, task: dict[str, Any]) -> dict[str, str]:
@@ -250,7 +270,7 @@ class _Timer:
             operation()
             event.record()
         torch.cuda.synchronize(self.device)
-        return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
 def _worker(rank: int, task: dict[str, Any]) -> None:
@@ -264,15 +284,22 @@ def _worker(rank: int, task: dict[str, Any]) -> None:
         raise SystemExit("tf32 is a mode of NVIDIA GPUs; it cannot be measured on the CPU")
     backend = "nccl" if on_gpu else "gloo"
     meeting = (Path(task["folder"]) / "meeting").as_uri()
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=task["ranks"])
+    dist.init_process_group(
+        backend,
+        init_method=meeting,
+        rank=rank,
+        world_size=task["ranks"],
+        device_id=device if on_gpu else None,
+    )
     timer = _Timer(device, task["seconds_each"])
+    sizes = task["gemm_sizes"][device.type]
     result = {
         "torch": torch.__version__,
         "backend": backend,
         "device_name": torch.cuda.get_device_name(device) if on_gpu else None,
-        "gemm": [row for name in task["precisions"] for row in _gemm(timer, name)],
-        "memory": _memory(timer, task["free_bytes"]),
-        "all_reduce": _all_reduce(timer) if task["ranks"] > 1 else [],
+        "gemm": [row for name in task["precisions"] for row in _gemm(timer, name, sizes)],
+        "memory": _memory(timer, task["stream_bytes"][device.type]),
+        "all_reduce": _all_reduce(timer, task["messages_bytes"]),
         "copies": _copies(timer) if on_gpu else None,
     }
     (Path(task["folder"]) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
@@ -291,7 +318,7 @@ def _device(wanted: Device, rank: int, ranks: int) -> Any:
     return torch.device("cuda", rank)
 
 
-def _gemm(timer: _Timer, precision: str) -> list[tuple[str, int, float]]:
+def _gemm(timer: _Timer, precision: str, sizes: list[int]) -> list[tuple[str, int, float]]:
     """Rates of the three products of an n×n linear layer on n tokens, 2n³ FLOP each: output,
     input gradient, weight gradient. Up to the size that fills the time once.
 
@@ -303,7 +330,7 @@ def _gemm(timer: _Timer, precision: str) -> list[tuple[str, int, float]]:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     rows: list[tuple[str, int, float]] = []
     layer_s = 0.0
-    for size in GEMM_SIZES[timer.device.type]:
+    for size in sizes:
         if rows and timer.slowest(layer_s) * (size / rows[-1][1]) ** 3 > timer.seconds:
             break
         tokens, weight = (torch.randn(size, size, device=timer.device).to(dtype) for _ in range(2))
@@ -319,14 +346,10 @@ def _gemm(timer: _Timer, precision: str) -> list[tuple[str, int, float]]:
     return rows
 
 
-def _memory(timer: _Timer, free_bytes: int) -> float:
-    """Bytes read and written a second by a copy and a sum of arrays that no cache holds (STREAM)."""
+def _memory(timer: _Timer, size_bytes: int) -> float:
+    """Bytes read and written a second: copy and sum of arrays that no cache holds (STREAM)."""
     import torch
 
-    size_bytes = STREAM_BYTES[timer.device.type]
-    if timer.device.type == "cpu":
-        size_bytes = max(size_bytes, 2 * _last_level_cache_bytes())
-        size_bytes = min(size_bytes, free_bytes // RAM_SHARE)
     left = torch.ones(size_bytes // 4, device=timer.device)
     right = torch.ones_like(left)
     copy_s = timer.median_s(lambda: right.copy_(left))
@@ -335,25 +358,17 @@ def _memory(timer: _Timer, free_bytes: int) -> float:
     return (2 * array_bytes + 3 * array_bytes) / (copy_s + sum_s)
 
 
-def _last_level_cache_bytes() -> int:
-    """The largest cache that Linux names for the first core; 0 where it names none."""
-    found = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="utf-8").strip()
-        factor = {"K": KIB, "M": MIB}.get(text[-1:], 1)
-        found.append(int(text.rstrip("KM")) * factor)
-    return max(found)
-
-
-def _all_reduce(timer: _Timer) -> list[tuple[int, float]]:
-    """(bytes, seconds) of a sum over all ranks in fp32."""
+def _all_reduce(timer: _Timer, messages_bytes: list[int]) -> list[tuple[int, float]]:
+    """(bytes, seconds) of a sum over all ranks in fp32; nothing for a rank that is alone."""
     import torch
     import torch.distributed as dist
 
-    rows = []
-    for size_bytes in MESSAGES_BYTES:
+    rows: list[tuple[int, float]] = []
+    if dist.get_world_size() == 1:
+        return rows
+    for size_bytes in messages_bytes:
         message = torch.zeros(size_bytes // 4, device=timer.device)
-        rows.append((size_bytes, timer.median_s(lambda m=message: dist.all_reduce(m))))
+        rows.append((size_bytes, timer.median_s(partial(dist.all_reduce, message))))
     return rows
 
 

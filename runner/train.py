@@ -1,9 +1,8 @@
-"""The training loop of one rank: steps, saves and evaluations until the end, the budget or a signal."""
+"""The training loop of one rank: until the last step, the budget or a signal."""
 
 from __future__ import annotations
 
 import math
-import signal
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from outlay.runner.events import EventLog
 from outlay.runner.export import export_safetensors
 from outlay.runner.folder import RunFolder
 from outlay.runner.observed import measurement, memory_now_bytes, peak_memory
+from outlay.runner.processes import StopRequest
 from outlay.runner.schedule import learning_rate
 from outlay.runner.telemetry import Scalars
 
@@ -43,18 +43,6 @@ _EXIT_CODES: dict[RunState, int] = {
     "budget": EXIT_BUDGET,
     "stopped": EXIT_RESTART_ME,
 }
-
-
-class StopRequest:
-    """Set by SIGTERM or SIGINT; the loop looks at it between steps."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
-
-    def _request(self, _number: int, _frame: object) -> None:
-        self.requested = True
 
 
 class Votes:
@@ -143,7 +131,7 @@ class Trainer:
                 "this checkpoint was made with other data",
                 where=checkpoint,
                 why=f"{state['data']}, now {self._data_identity()}",
-                do="resume with the dataset, seq_len, seed and global batch that it was started with",
+                do="resume with the data, seq_len, seed and global batch that it began with",
             )
         self.step = self.first_step = self.saved_step = int(state["step"])
         self.loss, self.checkpoint = state["train_loss"], checkpoint
@@ -171,14 +159,18 @@ class Trainer:
         wishes = [0, 0, 0, 0]
         if self.lead:
             wishes = [int(wish) for wish in self._wishes()]
-        signalled, *rest = self.votes.largest(int(self.stop.requested), *wishes)
-        over, save, evaluate, rehearse = map(bool, rest)
+        agreed = map(bool, self.votes.largest(int(self.stop.requested), *wishes))
+        signalled, over, save, evaluate, rehearse = agreed
         return Orders(
-            signalled=bool(signalled), over_budget=over, save=save, evaluate=evaluate, rehearse=rehearse
+            signalled=signalled,
+            over_budget=over,
+            save=save,
+            evaluate=evaluate,
+            rehearse=rehearse,
         )
 
     def _wishes(self) -> tuple[bool, bool, bool, bool]:
-        """(over budget, save, evaluate, rehearse); an extra save only if the end still fits after it."""
+        """(over budget, save, evaluate, rehearse): extras only if the end still fits after them."""
         bounds, done = self.bounds, self.step - self.first_step
         step_s, finish_s = bounds.step.upper_s(), bounds.finish_s()
         over = self.meter.decide(step_s, finish_s)
@@ -211,7 +203,7 @@ class Trainer:
             raise OutlayError(
                 f"the loss of step {self.step} is not finite",
                 why=f"learning rate {lr:.3g}, loss before {self.loss}",
-                do="resume from the last checkpoint with a lower learning rate or another precision",
+                do="train anew with a lower learning rate, a longer warm-up or another precision",
             )
         self.loss = loss
 
@@ -327,8 +319,8 @@ class Trainer:
             self.log.write(
                 "warning",
                 self.step,
-                message=f"{what} is left out: it may take {upper_s:.1f} s, the end {SHUTDOWN_S:.1f} s, "
-                f"and the budget has {left_s:.1f} s left",
+                message=f"{what} is left out: it may take {upper_s:.1f} s, "
+                f"the end {SHUTDOWN_S:.1f} s, and the budget has {left_s:.1f} s left",
             )
         return not left_out
 
@@ -336,9 +328,7 @@ class Trainer:
         began_s = time.monotonic()
         weights = self.engine.gather_state_dict()
         if self.lead:
-            export_safetensors(
-                weights, self.plan, self.folder.export, self.dataset.tokenizer_path
-            )
+            export_safetensors(weights, self.plan, self.folder.export, self.dataset.tokenizer_path)
             took_s = time.monotonic() - began_s
             self.log.write("export", self.step, path=str(self.folder.export), export_s=took_s)
         return str(self.folder.export)

@@ -152,7 +152,7 @@ def train(plan: Plan, steps: int) -> dict[str, Any]:
             "losses": losses,
             "norms": norms,
             "heldout": heldout,
-            "weights": None if state is None else {k: v.numpy() for k, v in state.items()},
+            "weights": None if state is None else {k: v.float().numpy() for k, v in state.items()},
             "dp_rank": engine.dp_rank,
             "is_loss_rank": engine.is_loss_rank,
             "pipeline": engine.pipeline,

@@ -15,6 +15,7 @@ from outlay.planner.estimate.efficiency import Efficiency, efficiency_for
 from outlay.planner.estimate.interval import VERDICTS, interval, risk_above, verdict_index
 from outlay.planner.estimate.memory import PHASES, POSITIONS, Memory, estimate_memory
 from outlay.planner.estimate.parameters import parameter_counts
+from outlay.planner.estimate.software import CPU_DEEPSPEED, DEEPSPEED, Software
 from outlay.planner.estimate.step import Step, estimate_step, speed_of
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.files import plain
@@ -72,18 +73,24 @@ class Estimates:
         )
 
 
-def evaluate(spec: ModelSpec, job: Job, cluster: Cluster, c: Candidates) -> Estimates:
-    """Memory and step time of every candidate."""
+def evaluate(
+    spec: ModelSpec, job: Job, cluster: Cluster, c: Candidates, *, software: Software | None = None
+) -> Estimates:
+    """Memory and step time of every candidate, under DeepSpeed's conventions unless told otherwise."""
+    if software is None:
+        software = CPU_DEEPSPEED if cluster.kind == "cpu" else DEEPSPEED
     figures = efficiency_for(cluster.accelerator)
     bucket = reduce_buckets(spec, c)
-    memory = estimate_memory(spec, job, c, bucket=bucket, figures=figures)
+    memory = estimate_memory(spec, job, c, bucket=bucket, figures=figures, software=software)
     width = figures["interval.memory_fraction"]
     low, high = interval(memory.device, width)
     risk = risk_above(memory.device, float(cluster.usable_bytes), width)
     speed = speed_of(cluster, job.precision, figures)
     step = step_low = step_high = None
     if speed is not None:
-        step = estimate_step(spec, job, c, cluster, speed, bucket=bucket, figures=figures)
+        step = estimate_step(
+            spec, job, c, cluster, speed, bucket=bucket, figures=figures, software=software
+        )
         kind = "measured_rates" if speed.measured else "datasheet"
         step_low, step_high = interval(step.time_s, figures[f"interval.step_fraction_{kind}"])
     return Estimates(

@@ -15,6 +15,7 @@ import numpy as np
 from outlay.planner.estimate.activations import block_saved, logits_bytes_per_token
 from outlay.planner.estimate.candidates import LOSS, Array, Candidates
 from outlay.planner.estimate.parameters import largest_matrix, parameter_counts
+from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, heaviest_block, stage_loads
 from outlay.planner.estimate.states import States, state_bytes
 from outlay.planner.spec.job import Job
@@ -52,6 +53,19 @@ class Memory:
     """[3, n] device bytes."""
     by_phase: Array
     """[phases, n] device bytes at the position of the peak."""
+
+    def in_kind(self, kind: str) -> Array:
+        """The peak as a measurement of that `memory_kind` would show it; device bytes by default."""
+        runtime, waste = self.parts["runtime"], self.parts["fragmentation"]
+        if kind.startswith("allocated") or kind in ("active", "host_growth"):
+            whole = self.allocated
+        elif kind == "reserved":
+            whole = self.allocated + waste
+        else:
+            return self.device
+        if kind.endswith("_last_rank"):
+            return (self.by_position[2] - runtime) * (whole / (self.allocated + waste))
+        return whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +148,14 @@ def estimate_memory(
     *,
     bucket: Array,
     figures: Mapping[str, float],
-    kernels: str = "hf",
+    software: Software,
 ) -> Memory:
     """Peak memory of the heaviest rank.
 
     `figures` gives `memory.runtime_bytes` (context, libraries), `memory.runtime_bytes_per_rank_group`
     (a communicator) and `memory.fragmentation_fraction` of the allocated peak.
     """
-    loads = stage_loads(spec, job.seq_len, c.pp)
+    loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
     width = 4 if job.precision in ("fp32", "tf32") else 2
     on_rank = loads.dense_parameters / c.tp + loads.expert_parameters / (c.tp * c.ep)
     heaviest = heaviest_block(spec)
@@ -156,7 +170,7 @@ def estimate_memory(
         block_parameters=block / c.tp,
         offload_to_host=c.offload_optimizer > 0,
     )  # fmt: skip
-    saved, live = _activations(spec, job, c, loads, width=width, kernels=kernels)
+    saved, live = _activations(spec, job, c, loads, width=width, kernels=software.kernels)
     _, logits_peak = _logits(spec, job, c, loads, width)
     head_grad = width * float(spec.vocab * spec.hidden) / c.tp * loads.has_head
     phases = _phases(c, states, saved, live, logits_peak, head_grad)

@@ -117,21 +117,35 @@ def parameter_counts(spec: ModelSpec) -> ParameterCounts:
     )
 
 
-def largest_matrix(spec: ModelSpec) -> int:
-    """Elements of the largest single weight, as transformers holds it.
+def largest_attention_matrix(attention: Attention, hidden: int) -> int:
+    """Elements of the largest projection, as transformers holds it."""
+    out = attention.out_width * hidden
+    if not attention.kv_rank:
+        fused = attention.k_width + attention.v_width if attention.fused_qkv else 0
+        return max(attention.q_width + fused, attention.k_width) * hidden
+    rope = attention.rope_head_dim
+    expanded = attention.k_width - attention.kv_heads * rope + attention.v_width
+    compressed = max(attention.q_rank, attention.kv_rank + rope)
+    q = attention.q_width * (attention.q_rank or hidden)
+    return max(out, q, attention.kv_rank * expanded, compressed * hidden)
 
-    The experts of a block are one weight there, with gate and up projection together.
+
+def largest_matrix(spec: ModelSpec) -> int:
+    """Elements of the largest matrix in a block or table, as transformers holds it.
+
+    The experts of a block are one weight there, with gate and up projection together. The extras
+    of DeBERTa (relative positions, convolution) and T5 are left out: smaller in any real model.
     """
-    sizes = [spec.vocab * (spec.embedding_width or spec.hidden)]
-    sizes.append(spec.learned_positions * (spec.position_width or spec.hidden))
+    tables = 2 if spec.encoder_decoder else 1
+    sizes = [
+        spec.vocab * (spec.embedding_width or spec.hidden),
+        spec.learned_positions // tables * (spec.position_width or spec.hidden),
+    ]
     for block in spec.blocks:
-        attention, mlp = block.attention, block.mlp
-        wide = attention.q_width
-        if attention.fused_qkv:
-            wide += attention.k_width + attention.v_width
+        mlp = block.mlp
         stacked = 2 if mlp.gated and (mlp.fused_gate or mlp.experts) else 1
         sizes += [
-            max(wide, attention.out_width) * spec.hidden,
+            largest_attention_matrix(block.attention, spec.hidden),
             max(mlp.experts, 1) * stacked * mlp.ffn * spec.hidden,
             mlp.shared_ffn * spec.hidden,
         ]

@@ -17,6 +17,7 @@ from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.communication import collective_s, transfer_s
 from outlay.planner.estimate.compute import attention_flops_per_token, block_gemms
 from outlay.planner.estimate.parameters import parameter_counts
+from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, stage_loads
 from outlay.planner.estimate.states import MOMENTS
 from outlay.planner.spec.cluster import Cluster
@@ -214,16 +215,16 @@ def estimate_step(
     *,
     bucket: Array,
     figures: Mapping[str, float],
-    kernels: str = "hf",
+    software: Software,
 ) -> Step:
     """Seconds of a step for each candidate."""
-    loads = stage_loads(spec, job.seq_len, c.pp)
+    loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
     width = 4 if job.precision in ("fp32", "tf32") else 2
     tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
     forward, light = np.zeros((3, len(c))), np.zeros((3, len(c)))
     recompute = np.zeros((3, len(c)))
     for g, block in enumerate(spec.blocks):
-        heavy_one, light_one = block_forward_s(spec, block, job, c, speed, figures, kernels)
+        heavy_one, light_one = block_forward_s(spec, block, job, c, speed, figures, software.kernels)
         count = loads.block_counts[:, g]
         forward += count * heavy_one
         light += count * light_one

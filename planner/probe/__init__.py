@@ -2,6 +2,6 @@
 
 from outlay.planner.probe.gpus import GpuReport, probe_gpus, read_gpus
 from outlay.planner.probe.host import probe_host, read_host
-#from outlay.planner.probe.machine import probe
+from outlay.planner.probe.machine import probe
 
 __all__ = ["GpuReport", "probe", "probe_gpus", "probe_host", "read_gpus", "read_host"]

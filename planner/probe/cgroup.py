@@ -102,9 +102,7 @@ def _memory_v2(folder: Path) -> tuple[int, int] | None:
 
 
 def _memory_v1(folder: Path) -> tuple[int, int] | None:
-    return _memory(
-        folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-    )
+    return _memory(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def _memory(folder: Path, limit: str, used: str, cache: str) -> tuple[int, int] | None:

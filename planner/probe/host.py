@@ -25,7 +25,7 @@ class _Cpu:
     threads_per_core: int | None
 
 
-def probe_host(folder: Path = Path(".")) -> Host:
+def probe_host(folder: Path = Path()) -> Host:
     """The host alone, with the free disk of `folder`."""
     return read_host(folder)[0]
 

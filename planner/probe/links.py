@@ -1,4 +1,4 @@
-"""The link between ranks of one machine: which kind, how fast by its datasheet, how soon it starts."""
+"""The link between ranks of one machine: its kind, its datasheet rate, its start time."""
 
 from __future__ import annotations
 
@@ -95,9 +95,7 @@ def _why_not_nvlink(gpus: Sequence[Gpu], accelerator: Accelerator) -> tuple[str,
     if not accelerator.nvlink_bytes_per_s:
         active = any(gpu.nvlink_peers for gpu in gpus)
         return (f"NVLink is active, but its rate for {accelerator.name} is unknown",) * active
-    pairs = sorted(
-        {(min(i, j), max(i, j)) for i, to in _neighbours(gpus).items() for j in to}
-    )
+    pairs = sorted({(min(i, j), max(i, j)) for i, to in _neighbours(gpus).items() for j in to})
     if not pairs:
         return (
             f"{accelerator.name} can have NVLink, but none is active between these GPUs (no bridge,"

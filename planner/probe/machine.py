@@ -21,9 +21,9 @@ HELD_FRACTION = 0.05
 
 
 def probe(
-    *, ranks: int | None = None, folder: Path = Path("."), price_usd_per_h: float | None = None
+    *, ranks: int | None = None, folder: Path = Path(), price_usd_per_h: float | None = None
 ) -> Cluster:
-    """What is in this machine. `ranks`: processes to plan for; null = every whole GPU, or 2 on CPU."""
+    """What is in this machine. `ranks`: processes to plan for; null = each whole GPU, 2 on CPU."""
     if ranks is not None and ranks < 1:
         raise UsageError(f"{ranks} ranks leave nothing to train on", do="ask for at least one")
     if price_usd_per_h is not None and not (0 <= price_usd_per_h < math.inf):

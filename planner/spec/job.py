@@ -10,7 +10,7 @@ from outlay.profiles.units import SECOND_SUFFIX, split_number
 
 SCHEMA_JOB = "outlay/job@1"
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "nvfp4"]
 BudgetKind = Literal["money", "hours", "gpu_hours", "energy", "carbon"]
 
 _BUDGET_UNITS: dict[str, tuple[BudgetKind, float]] = {

@@ -33,7 +33,7 @@ PARTS = ("train", "heldout")
 
 @dataclass(frozen=True, kw_only=True)
 class PartInfo:
-    """One .bin file: token ids without any header, little-endian, documents joined by end of text."""
+    """One .bin file: token ids, little-endian, no header, each document ended by end of text."""
 
     tokens: int
     text_bytes: int
@@ -56,9 +56,9 @@ class DatasetInfo:
     """`tail`: a corpus of one file, whose end is held out from a line start on."""
     seed: int
     skipped: dict[str, int]
-    """Files left out, counted by reason: empty, binary, undecodable, unreadable, over max_bytes."""
+    """Files left out by reason: empty, binary, undecodable, unreadable, over max_bytes."""
     heldout_unigram_nats: float
-    """Cross-entropy of the held-out tokens under the add-one-smoothed training unigram; nats/token."""
+    """Cross-entropy of the held-out tokens under the add-one-smoothed training unigram, a token."""
     tokenizer_sha256: str
     schema: str = field(default=SCHEMA_DATASET)
 
@@ -86,7 +86,7 @@ def prepare(
     heldout_fraction: float = 0.05,
     max_bytes: int | None = None,
 ) -> DatasetInfo:
-    """Write a dataset folder. Give `vocab_size` to train a tokenizer, or `tokenizer_path` to use one."""
+    """Write a dataset folder. `vocab_size` trains a tokenizer, `tokenizer_path` uses one."""
     if (vocab_size is None) == (tokenizer_path is None):
         raise UsageError("give either a vocabulary size or a tokenizer, not both or neither")
     if not 0 < heldout_fraction < 1:
@@ -107,7 +107,7 @@ def prepare(
             tokenizer = train_tokenizer(_texts(parts["train"]), vocab_size)
         info = _write(tokenizer, parts, partial, heldout_by=heldout_by, seed=seed, skipped=skipped)
         partial.chmod(0o755)
-        os.replace(partial, out)
+        partial.replace(out)
         _sync(out.parent)
     except OSError as error:
         raise FileError("the dataset cannot be written", where=str(out), why=str(error)) from None
@@ -119,10 +119,11 @@ def prepare(
 def _choose(
     files: list[Path], seed: int, max_bytes: int | None
 ) -> tuple[list[Source], dict[str, int]]:
-    """The files that are text, in an order that depends on names and seed alone, up to max_bytes."""
+    """The files that are text, up to max_bytes, in an order of names and seed alone."""
     verdicts = [(source, examine(source.path)) for source in name_sources(files)]
     skipped = Counter(str(v) for _, v in verdicts if v != "text")
-    texts = sorted((s for s, v in verdicts if v == "text"), key=lambda s: _draw(s.name, seed, "order"))
+    texts = [source for source, verdict in verdicts if verdict == "text"]
+    texts.sort(key=lambda source: _draw(source.name, seed, "order"))
     if max_bytes is not None:
         kept, total = [], 0
         for source in texts:
@@ -167,7 +168,7 @@ def _split_one(source: Source, fraction: float) -> dict[str, list[Slice]]:
         raise FileError(
             "a corpus of one file, and nothing of it can be held out",
             where=str(source.path),
-            why=f"{format_bytes(source.size_bytes)}; no line starts in the last {fraction:.0%} of it",
+            why=f"of {format_bytes(source.size_bytes)} no line starts in the last {fraction:.0%}",
             do="give more files, or a file with more lines",
         )
     return {
@@ -216,7 +217,12 @@ def _write(
 
 
 def _write_tokens(
-    tokenizer: Tokenizer, slices: list[Slice], path: Path, dtype: np.dtype[Any], end: int, vocab: int
+    tokenizer: Tokenizer,
+    slices: list[Slice],
+    path: Path,
+    dtype: np.dtype[Any],
+    end: int,
+    vocab: int,
 ) -> np.ndarray:
     """Append each document's tokens and the end of text; return how often each token came."""
     counts = np.zeros(vocab, dtype=np.int64)

@@ -25,7 +25,7 @@ SMALLEST_VOCAB = 257
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, limit_bytes: int = TRAINING_BYTES
 ) -> Tokenizer:
-    """A byte-level BPE from the first `limit_bytes` of the texts. The same texts give the same one."""
+    """A byte-level BPE from the first `limit_bytes` of the texts; deterministic."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST_VOCAB:

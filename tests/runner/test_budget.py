@@ -1,4 +1,4 @@
-"""The budget is kept whatever the prices and however steps vary; what cannot be metered is refused."""
+"""The budget is kept whatever the prices and however steps vary."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def test_what_is_not_metered_is_refused(kind) -> None:
 
 def test_a_budget_below_the_start_is_refused_with_the_numbers() -> None:
     m = meter(Budget(kind="money", amount=0.005))
-    with pytest.raises(NotFeasible, match=r"(?s)5\.00 s of it are left.*12\.0 s.*raise it above 0\.0120"):
+    message = r"(?s)5\.00 s of it are left.*12\.0 s.*raise it above 0\.0120"
+    with pytest.raises(NotFeasible, match=message):
         m.require(10.0, source="assumed")
     meter(Budget(kind="money", amount=0.013)).require(10.0, source="assumed")
 

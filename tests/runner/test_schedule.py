@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +43,7 @@ def test_rises_then_never_rises_again(name, steps, warmup, final) -> None:
     assert all(0 <= v <= 1 + 1e-12 for v in values)
     assert values[:warmup] == sorted(values[:warmup])
     after = values[max(0, warmup - 1) :]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in pairwise(after))
 
 
 @pytest.mark.parametrize("bad", [{"warmup_steps": 11}, {"warmup_steps": -1}, {"final_fraction": 2}])

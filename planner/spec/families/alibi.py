@@ -89,10 +89,9 @@ def read_bloom(reader: Reader, name: str) -> ModelSpec:
 def read_mpt(reader: Reader, name: str) -> ModelSpec:
     """As transformers builds it: never a bias, always alibi, one dropout for all."""
     attn = reader.mapping("attn_config")
-    if attn.get("attn_type", "multihead_attention") != "multihead_attention":
-        reader.refuse(
-            "attn_config", f"attn_type {attn['attn_type']!r} is not what transformers has"
-        )
+    kind = attn.get("attn_type", "multihead_attention")
+    if kind != "multihead_attention":
+        reader.refuse("attn_config", f"attn_type {kind!r} is not what transformers' MPT has")
     if attn.get("qk_ln"):
         reader.refuse("attn_config", "qk_ln is on, which transformers' MPT does not have")
     dropout = Reader(attn, source=reader.source, aliases={}).probability("attn_pdrop", 0.0)
@@ -106,6 +105,8 @@ def read_mpt(reader: Reader, name: str) -> ModelSpec:
         fused_qkv=True,
     )
     ratio = reader.size("expansion_ratio", 4)
+    if ratio != 4:
+        reader.refuse("expansion_ratio", f"is {ratio}, but transformers' MPT always takes 4")
     mlp = Mlp(ffn=ratio * hidden, gated=False, activation="gelu")
     return ModelSpec(
         name=name,

@@ -106,15 +106,16 @@ def _relative_parameters(reader: Reader, spec: ModelSpec) -> tuple[int, int]:
     terms = [t.strip() for t in terms.lower().split("|")] if isinstance(terms, str) else terms
     if not isinstance(terms, list) or not set(terms) <= {"c2p", "p2c"}:
         reader.refuse("pos_att_type", f"is {terms!r}, expected a list of c2p and p2c")
+    normed = "layer_norm" in reader.text("norm_rel_ebd", "none").lower().split("|")
+    norm = 2 * spec.hidden if normed else 0
     if not reader.flag("relative_attention", False):
-        return 0, 0
+        return norm, 0
     reach = reader.integer("max_relative_positions", -1)
     buckets = reader.integer("position_buckets", -1)
     rows = 2 * (buckets if buckets > 0 else reach if reach > 0 else spec.max_positions)
-    normed = "layer_norm" in reader.text("norm_rel_ebd", "none").lower().split("|")
     shared = reader.flag("share_att_key", False)
     projections = 0 if shared else len(set(terms)) * (spec.hidden + 1) * spec.hidden
-    return rows * spec.hidden + (2 * spec.hidden if normed else 0), projections
+    return rows * spec.hidden + norm, projections
 
 
 def read_deberta_v2(reader: Reader, name: str) -> ModelSpec:

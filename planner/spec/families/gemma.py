@@ -41,7 +41,7 @@ def _alternating(
     activation = reader.text("hidden_activation", GELU)
     mlp = replace(mlp_of(reader, sizes), activation=activation)
     block = Block(count=sizes.layers, attention=attention, mlp=mlp, norms=4)
-    blocks = windowed(windows, attention, block)
+    blocks = windowed(windows, block)
     return model_of(reader, sizes, name=name, blocks=blocks, max_positions=max_positions, tie=True)
 
 
@@ -78,7 +78,7 @@ def read_cohere2(reader: Reader, name: str) -> ModelSpec:
     attention = attention_of(reader, sizes, bias_key="attention_bias")
     mlp = mlp_of(reader, sizes)
     block = Block(count=sizes.layers, attention=attention, mlp=mlp, norms=1, parallel_residual=True)
-    blocks = windowed(windows, attention, block)
+    blocks = windowed(windows, block)
     spec = model_of(reader, sizes, name=name, blocks=blocks, max_positions=8192, tie=True)
     return replace(spec, norm="layernorm")
 

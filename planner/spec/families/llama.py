@@ -10,7 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from outlay.planner.spec.families.reader import Reader
-from outlay.planner.spec.families.shared import Family, head_width, kv_heads_of, layer_windows
+from outlay.planner.spec.families.shared import (
+    Family,
+    head_width,
+    kv_heads_of,
+    layer_windows,
+    switched_window,
+)
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
 
 
@@ -70,12 +76,10 @@ def mlp_of(reader: Reader, sizes: Sizes, *, activation_key: str = "hidden_act") 
     return Mlp(ffn=sizes.ffn, gated=True, activation=reader.text(activation_key, "silu"))
 
 
-def windowed(
-    windows: Iterable[int | None], attention: Attention, block: Block
-) -> tuple[Block, ...]:
+def windowed(windows: Iterable[int | None], block: Block) -> tuple[Block, ...]:
     """Blocks that differ in their window alone, one group for each window."""
     return tuple(
-        replace(block, count=count, attention=replace(attention, window=window))
+        replace(block, count=count, attention=replace(block.attention, window=window))
         for window, count in Counter(windows).items()
     )
 
@@ -121,9 +125,7 @@ def read_mistral(reader: Reader, name: str) -> ModelSpec:
 
 def qwen_windows(reader: Reader, layers: int) -> tuple[int | None, ...]:
     """The first max_window_layers see everything, the rest a window, if windows are on at all."""
-    window = reader.optional_size("sliding_window", 4096)
-    if not reader.flag("use_sliding_window", False):
-        window = None
+    window = switched_window(reader, 4096)
     full = layers if window is None else reader.size("max_window_layers", 28, at_least=0)
     default = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
     return layer_windows(
@@ -135,7 +137,7 @@ def read_qwen2(reader: Reader, name: str) -> ModelSpec:
     sizes = sizes_of(reader, kv_heads=32)
     attention = replace(attention_of(reader, sizes), qkv_bias=True)
     block = Block(count=sizes.layers, attention=attention, mlp=mlp_of(reader, sizes))
-    blocks = windowed(qwen_windows(reader, sizes.layers), attention, block)
+    blocks = windowed(qwen_windows(reader, sizes.layers), block)
     return model_of(reader, sizes, name=name, blocks=blocks, max_positions=32768)
 
 
@@ -146,15 +148,13 @@ def read_qwen3(reader: Reader, name: str) -> ModelSpec:
         qk_norm_parameters=2 * sizes.head_dim,
     )
     block = Block(count=sizes.layers, attention=attention, mlp=mlp_of(reader, sizes))
-    blocks = windowed(qwen_windows(reader, sizes.layers), attention, block)
+    blocks = windowed(qwen_windows(reader, sizes.layers), block)
     return model_of(reader, sizes, name=name, blocks=blocks, max_positions=32768)
 
 
 def read_smollm3(reader: Reader, name: str) -> ModelSpec:
     sizes = sizes_of(reader, kv_heads=4)
-    window = reader.optional_size("sliding_window", None)
-    if not reader.flag("use_sliding_window", False):
-        window = None
+    window = switched_window(reader, None)
     rotary = reader.wholes("no_rope_layers")
     if rotary is None:
         interval = reader.size("no_rope_layer_interval", 4)
@@ -167,7 +167,7 @@ def read_smollm3(reader: Reader, name: str) -> ModelSpec:
     attention = attention_of(reader, sizes, bias_key="attention_bias")
     mlp = replace(mlp_of(reader, sizes), bias=reader.flag("mlp_bias", False))
     block = Block(count=sizes.layers, attention=attention, mlp=mlp)
-    blocks = windowed(windows, attention, block)
+    blocks = windowed(windows, block)
     return model_of(reader, sizes, name=name, blocks=blocks, max_positions=32768, tie=True)
 
 

@@ -14,12 +14,17 @@ from outlay.planner.spec.families.llama import (
     attention_of,
     mlp_of,
     model_of,
-    qwen_windows,
     sizes_of,
     windowed,
 )
 from outlay.planner.spec.families.reader import Reader
-from outlay.planner.spec.families.shared import Family, every, head_width, layer_windows
+from outlay.planner.spec.families.shared import (
+    Family,
+    every,
+    head_width,
+    layer_windows,
+    switched_window,
+)
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
 
 
@@ -96,12 +101,13 @@ def _qwen_mixture(
 def read_qwen2_moe(reader: Reader, name: str) -> ModelSpec:
     sizes = sizes_of(reader, kv_heads=16)
     mixture = _qwen_mixture(reader, sizes, experts=60, top_k=4, shared_ffn=5632)
-    window = reader.optional_size("sliding_window", 4096)
-    local = reader.flag("use_sliding_window", False)
-    last = reader.size("max_window_layers", 28, at_least=0)
+    window = switched_window(reader, 4096)
+    last = 0 if window is None else reader.size("max_window_layers", 28, at_least=0)
     types = every(2, sizes.layers)
-    default = [kind if local and i < last else "full_attention" for i, kind in enumerate(types)]
-    windows = layer_windows(reader, sizes.layers, window=window if local else None, default=default)
+    default = [kind if i < last else "full_attention" for i, kind in enumerate(types)]
+    windows = layer_windows(
+        reader, sizes.layers, window=window, default=default, window_key="use_sliding_window"
+    )
     attention = attention_of(reader, sizes)
     attention = replace(attention, qkv_bias=reader.flag("qkv_bias", True))
     sparse = _qwen_sparse(reader, sizes.layers)
@@ -112,9 +118,7 @@ def read_qwen2_moe(reader: Reader, name: str) -> ModelSpec:
 def read_qwen3_moe(reader: Reader, name: str) -> ModelSpec:
     sizes = sizes_of(reader, kv_heads=4)
     mixture = _qwen_mixture(reader, sizes, experts=128, top_k=8, shared_ffn=0)
-    window = reader.optional_size("sliding_window", 4096)
-    if not reader.flag("use_sliding_window", False):
-        window = None
+    window = switched_window(reader, 4096)
     attention = replace(
         attention_of(reader, sizes, bias_key="attention_bias"),
         window=window,
@@ -192,7 +196,7 @@ def read_gpt_oss(reader: Reader, name: str) -> ModelSpec:
         router_parameters=experts * (sizes.hidden + 1),
     )
     block = Block(count=sizes.layers, attention=attention, mlp=mlp)
-    blocks = windowed(windows, attention, block)
+    blocks = windowed(windows, block)
     return model_of(reader, sizes, name=name, blocks=blocks, max_positions=131072)
 
 

@@ -113,7 +113,7 @@ def _bart_block(reader: Reader, hidden: int, stack: Literal["encoder", "decoder"
 
 
 def read_bart(reader: Reader, name: str) -> ModelSpec:
-    """Two position tables, and a norm over each stack's embedding; post-norm, so none at the end."""
+    """Two position tables; a norm over each stack's embedding and, being post-norm, none last."""
     hidden = reader.size("d_model")
     positions = reader.size("max_position_embeddings", 1024)
     if not reader.flag("tie_word_embeddings", True):

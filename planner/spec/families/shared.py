@@ -53,6 +53,13 @@ def kv_heads_of(
     return kv_heads
 
 
+def switched_window(reader: Reader, default: int | None) -> int | None:
+    """sliding_window where use_sliding_window is on; transformers writes 0 where it is off."""
+    on = reader.flag("use_sliding_window", False)
+    window = reader.optional_size("sliding_window", default, at_least=1 if on else 0)
+    return window if on else None
+
+
 def layer_windows(
     reader: Reader,
     layers: int,

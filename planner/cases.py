@@ -1,0 +1,264 @@
+"""`outlay estimate --cases IN.csv --out OUT.csv`: one prediction a row, in order.
+
+Columns in: those of `truth/cases.csv`, any of them empty. What is empty is filled by the defaults
+below; a row that cannot be expressed says why in `error`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlay.planner.estimate.candidates import Candidates
+from outlay.planner.estimate.estimator import Estimates, evaluate
+from outlay.planner.estimate.interval import VERDICTS
+from outlay.planner.estimate.software import Software, software_of
+from outlay.planner.hardware import cluster_of
+from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.families import preset_names, resolve_model
+from outlay.planner.spec.job import Job
+from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
+from outlay.planner.spec.strategy import Strategy
+from outlay.profiles.errors import FileError, OutlayError, UsageError
+from outlay.profiles.loader import accelerator
+from outlay.profiles.units import GIB
+
+COLUMNS_IN = (
+    "id", "source", "model", "arch", "n_params", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab",
+    "experts", "top_k", "seq_len", "gpu", "gpus", "gpus_per_node", "interconnect", "framework", "precision",
+    "zero", "tp", "pp", "vpp", "cp", "ep", "dp", "micro_batch", "global_batch", "activation_checkpointing",
+    "optimizer", "attention", "lora_rank", "quant", "measured_memory_gib", "memory_kind", "oom",
+    "measured_step_s", "measured_tokens_per_s_per_gpu", "measured_tflops_per_gpu", "notes",
+)  # fmt: skip
+COLUMNS_OUT = (
+    "id", "predicted_step_s", "predicted_step_low_s", "predicted_step_high_s",
+    "predicted_tokens_per_s_per_gpu", "predicted_memory_gib", "predicted_memory_low_gib",
+    "predicted_memory_high_gib", "fits", "verdict", "oom_probability", "error",
+)  # fmt: skip
+
+VOCAB = {"llama": 32000, "moe": 32000, "bert": 30528, "t5": 32128}
+"""By architecture where a row says nothing: the original tokenizers' sizes; else GPT-2's, padded."""
+GPT_VOCAB = 51200
+HEAD_DIM = 128
+"""Where the heads are not given: the width that most models since GPT-3 have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row, expressed in the project's nouns."""
+
+    spec: ModelSpec
+    job: Job
+    cluster: Cluster
+    strategy: Strategy
+    software: Software
+    memory_kind: str
+
+
+def read_rows(path: str | Path) -> Iterator[dict[str, str]]:
+    """Rows of a cases file. Raises FileError for a file without the column `id` or with unknown ones."""
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            unknown = set(reader.fieldnames or ()) - set(COLUMNS_IN)
+            if unknown or "id" not in (reader.fieldnames or ()):
+                what = f"unknown columns {sorted(map(str, unknown))}" if unknown else "no column `id`"
+                raise FileError(what, where=f"{path}:1", do="columns: " + ", ".join(COLUMNS_IN))
+            yield from reader
+    except OSError as error:
+        raise FileError("cannot be read", where=str(path), why=str(error)) from None
+    except UnicodeDecodeError as error:
+        raise FileError("not a text file", where=str(path), why=str(error)) from None
+
+
+def _number(row: Mapping[str, str], key: str) -> float | None:
+    text = (row.get(key) or "").strip()
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise UsageError(f"{key}: {text!r} is not a number") from None
+    if not math.isfinite(value) or value < 0:
+        raise UsageError(f"{key}: {text} makes no sense")
+    return value
+
+
+def _count(row: Mapping[str, str], key: str, default: int | None = None) -> int | None:
+    value = _number(row, key)
+    if value is None:
+        return default
+    if value != int(value) or value < 1:
+        raise UsageError(f"{key}: {value:g} is not a positive whole number")
+    return int(value)
+
+
+def _spec(row: Mapping[str, str], software: Software) -> ModelSpec:
+    """Sizes from the columns; a row without them may name a preset."""
+    name = (row.get("model") or "").strip()
+    layers, hidden = _count(row, "layers"), _count(row, "hidden")
+    parameters = _number(row, "n_params")
+    arch = (row.get("arch") or "gpt").strip()
+    if hidden is None:
+        if name.lower() in preset_names():
+            return resolve_model(name.lower())[0]
+        raise UsageError(f"the row gives no hidden size, and {name!r} is no preset")
+    gated = arch in ("llama", "moe")
+    experts = _count(row, "experts", 0) or 0
+    ffn = _count(row, "ffn") or (4 * hidden if not gated else -(-8 * hidden // 3 // 256) * 256)
+    vocab = _count(row, "vocab") or VOCAB.get(arch, GPT_VOCAB)
+    heads = _count(row, "heads") or max(1, hidden // HEAD_DIM)
+    kv_heads = _count(row, "kv_heads") or heads
+    if hidden % heads:
+        raise UsageError(f"heads {heads} do not divide hidden {hidden}")
+    attention = Attention(
+        heads=heads, kv_heads=kv_heads, head_dim=hidden // heads,
+        qkv_bias=not gated, out_bias=not gated, causal=arch not in ("bert",),
+        dropout=0.1 if software.dropout and not gated else 0.0,
+    )  # fmt: skip
+    top_k = _count(row, "top_k", 1) or 1
+    mlp = Mlp(
+        ffn=ffn, gated=gated, bias=not gated, activation="silu" if gated else "gelu",
+        experts=experts, top_k=top_k if experts else 0, router_parameters=hidden * experts,
+    )  # fmt: skip
+    if layers is None:
+        if parameters is None:
+            raise UsageError("the row gives neither layers nor n_params")
+        layers = _layers_from_parameters(parameters, hidden, vocab, attention, mlp)
+    seq_len = _count(row, "seq_len", 2048) or 2048
+    return ModelSpec(
+        name=name or "case", source="cases", family=arch, hidden=hidden, vocab=vocab,
+        blocks=(Block(count=layers, attention=attention, mlp=mlp),),
+        positions="rotary" if gated else "learned", max_positions=seq_len,
+        learned_positions=0 if gated else seq_len, tie_embeddings=not gated,
+        norm="rmsnorm" if gated else "layernorm", norm_bias=not gated,
+        residual_dropout=attention.dropout, embedding_dropout=attention.dropout,
+    )  # fmt: skip
+
+
+def _layers_from_parameters(parameters: float, hidden: int, vocab: int, a: Attention, m: Mlp) -> int:
+    """Depth that gives about the stated size: (n_params − embedding) / parameters of a block."""
+    up = 3 if m.gated else 2
+    block = 2 * hidden * (a.q_width + a.k_width) + up * hidden * m.ffn * max(1, m.experts)
+    return max(1, round((parameters - vocab * hidden) / block))
+
+
+def _strategy(row: Mapping[str, str], gpus: int, zero: int) -> Strategy:
+    tp, pp, cp = (_count(row, k, 1) or 1 for k in ("tp", "pp", "cp"))
+    dp = _count(row, "dp")
+    if dp is None:
+        if gpus % (tp * pp * cp):
+            raise UsageError(f"tp {tp} · pp {pp} · cp {cp} does not divide {gpus} GPUs")
+        dp = gpus // (tp * pp * cp)
+    micro = _count(row, "micro_batch", 1) or 1
+    batch = _count(row, "global_batch") or micro * dp
+    word = (row.get("activation_checkpointing") or "none").strip() or "none"
+    if word not in ("none", "selective", "full"):
+        raise UsageError(f"activation_checkpointing: {word!r} is none, selective or full")
+    return Strategy(
+        zero=zero, dp=dp, tp=tp, pp=pp, cp=cp,
+        vpp=_count(row, "vpp", 1) or 1, ep=_count(row, "ep", 1) or 1,
+        micro_batch=micro, grad_accum=max(1, round(batch / (micro * dp))),
+        activation_checkpointing=word,  # type: ignore[arg-type]
+        offload_optimizer="cpu" if "offload" in (row.get("zero") or "") else "none",
+    )  # fmt: skip
+
+
+def _attention(row: Mapping[str, str], software: Software) -> str:
+    word = (row.get("attention") or "").strip()
+    if word in ("eager", "sdpa", "flash"):
+        return word
+    return "eager" if software.family == "megatron" and not word else "flash"
+
+
+def express(row: Mapping[str, str]) -> Case:
+    """A row in the project's nouns. Raises UsageError or UnknownName where that is impossible."""
+    software = software_of(row.get("framework") or "")
+    if not (row.get("gpu") or "").strip():
+        raise UsageError("the row names no gpu")
+    a = accelerator((row["gpu"]).strip())
+    gpus = _count(row, "gpus")
+    tp, pp, cp, dp = (_count(row, k, 1) or 1 for k in ("tp", "pp", "cp", "dp"))
+    gpus = gpus or tp * pp * cp * dp
+    per_node = min(_count(row, "gpus_per_node", 8) or 8, gpus)
+    text = (row.get("zero") or "0").strip() or "0"
+    zero = int(text[0]) if text[:1] in "0123" else -1
+    if zero < 0:
+        raise UsageError(f"zero: {text!r} is none of 0, 1, 2, 3, 3-offload")
+    spec = _spec(row, software)
+    strategy = _strategy(row, gpus, zero)
+    precision = (row.get("precision") or "bf16").strip()
+    seq_len = _count(row, "seq_len", min(2048, spec.max_positions)) or 2048
+    job = Job(
+        model=spec.name, seq_len=seq_len, global_batch=strategy.global_batch, steps=1,
+        precision=precision,  # type: ignore[arg-type]
+        attention=_attention(row, software),  # type: ignore[arg-type]
+    )  # fmt: skip
+    cluster = cluster_of(a, gpus=gpus, per_node=per_node, interconnect=row.get("interconnect") or "")
+    return Case(
+        spec=spec, job=job, cluster=cluster, strategy=strategy, software=software,
+        memory_kind=(row.get("memory_kind") or "").strip(),
+    )  # fmt: skip
+
+
+def evaluate_case(case: Case) -> Estimates:
+    """The case's one candidate, under its own software's conventions."""
+    return evaluate(
+        case.spec, case.job, case.cluster, Candidates.of([case.strategy]), software=case.software
+    )
+
+
+def predict(row: Mapping[str, str]) -> dict[str, str]:
+    """One row of the output. Errors of ours become the text in `error`."""
+    out = dict.fromkeys(COLUMNS_OUT, "")
+    out["id"] = row.get("id") or ""
+    try:
+        case = express(row)
+        e = evaluate_case(case)
+    except OutlayError as error:
+        out["error"] = error.message().replace("\n", "; ")
+        return out
+    memory = float(e.memory.in_kind(case.memory_kind)[0]) / GIB
+    ratio_low = float(e.memory_low[0] / e.memory.device[0])
+    ratio_high = float(e.memory_high[0] / e.memory.device[0])
+    verdict = VERDICTS[int(e.verdict[0])]
+    out |= {
+        "predicted_memory_gib": f"{memory:.6g}",
+        "predicted_memory_low_gib": f"{memory * ratio_low:.6g}",
+        "predicted_memory_high_gib": f"{memory * ratio_high:.6g}",
+        "fits": "false" if verdict == "no" else "true",
+        "verdict": verdict,
+        "oom_probability": f"{float(e.risk[0]):.4g}",
+    }
+    if e.step is not None and e.step_low is not None and e.step_high is not None:
+        seconds = float(e.step.time_s[0])
+        tokens = case.job.tokens_per_step / seconds / case.cluster.ranks
+        out |= {
+            "predicted_step_s": f"{seconds:.6g}",
+            "predicted_step_low_s": f"{float(e.step_low[0]):.6g}",
+            "predicted_step_high_s": f"{float(e.step_high[0]):.6g}",
+            "predicted_tokens_per_s_per_gpu": f"{tokens:.6g}",
+        }
+    return out
+
+
+def predict_file(path: str | Path, out: str | Path) -> tuple[int, int]:
+    """Write the predictions; (rows, rows with an error)."""
+    import io
+
+    from outlay.planner.spec.files import write_text
+
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS_OUT, lineterminator="\n")
+    writer.writeheader()
+    rows = errors = 0
+    for row in read_rows(path):
+        predicted = predict(row)
+        writer.writerow(predicted)
+        rows += 1
+        errors += bool(predicted["error"])
+    write_text(out, buffer.getvalue())
+    return rows, errors

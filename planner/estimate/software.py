@@ -1,0 +1,57 @@
+"""Whose conventions hold: what a training framework allocates, fuses and overlaps.
+
+Estimates for plans are DeepSpeed's with transformers' modules, because that is what `outlay run`
+executes. The other families exist so that published measurements can be predicted and so that a
+person can ask what another trainer would need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software:
+    """Conventions of one family of frameworks."""
+
+    family: str
+    """deepspeed | megatron | fsdp | ddp | single."""
+    kernels: str
+    """hf (transformers' modules as they stand) | fused (Megatron, Transformer Engine) | compiled."""
+    uniform_stages: bool
+    """Pipeline stages have equal numbers of blocks; else they are balanced by cost."""
+    dropout: bool
+    """GPT-like models train with dropout 0.1 where nothing is said (Megatron's default)."""
+    overlap: float
+    """Share of data-parallel traffic that the software can hide behind compute (0 = none)."""
+    start_hidden: bool
+    """Kernels are queued ahead: starting costs time only where kernels are shorter than starts."""
+
+
+DEEPSPEED = Software(family="deepspeed", kernels="hf", uniform_stages=False, dropout=False, overlap=0.0, start_hidden=True)
+MEGATRON = Software(family="megatron", kernels="fused", uniform_stages=True, dropout=True, overlap=0.0, start_hidden=True)
+FSDP = Software(family="fsdp", kernels="hf", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True)
+FSDP_COMPILED = Software(family="fsdp", kernels="compiled", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True)
+DDP = Software(family="ddp", kernels="fused", uniform_stages=True, dropout=True, overlap=1.0, start_hidden=True)
+SINGLE = Software(family="single", kernels="hf", uniform_stages=True, dropout=False, overlap=0.0, start_hidden=True)
+CPU_DEEPSPEED = Software(family="deepspeed", kernels="hf", uniform_stages=False, dropout=False, overlap=0.0, start_hidden=False)
+
+
+def software_of(framework: str) -> Software:
+    """The family of a `framework` value of `truth/cases.csv`; unknown or empty → DeepSpeed's.
+
+    Matched by what the name says: `megatron*` (Megatron-DeepSpeed too), `fsdp2*` (compiled),
+    `fsdp*`, `deepspeed*` and `hf-*`, `*ddp`, `litgpt*`, `torchtune`.
+    """
+    name = framework.strip().lower()
+    if "fsdp2" in name:
+        return FSDP_COMPILED
+    if "fsdp" in name:
+        return FSDP
+    if name.startswith("megatron"):
+        return MEGATRON
+    if name.endswith("ddp"):
+        return DDP
+    if name.startswith(("litgpt", "torchtune")):
+        return SINGLE
+    return DEEPSPEED

@@ -1,0 +1,96 @@
+"""Whether a plan can run here: looked at before any rank starts, refused with the numbers."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.plan import Plan
+from outlay.profiles.errors import MissingExtra, NotFeasible, UsageError
+from outlay.profiles.units import format_bytes
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "tensorboard")
+DEEPSPEED = (0, 19)
+"""The release whose configuration and checkpoints this runner knows."""
+
+
+def check_software() -> None:
+    """The right DeepSpeed, without importing it."""
+    for package in PACKAGES:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise MissingExtra(package, "run") from None
+        if package == "deepspeed" and _major_minor(found) != DEEPSPEED:
+            raise UsageError(
+                f"DeepSpeed {found} is installed, "
+                f"and this runner knows {DEEPSPEED[0]}.{DEEPSPEED[1]}",
+                why="configuration keys and checkpoints differ between its releases",
+                do="pip install 'outlay[run]'",
+            )
+
+
+def _major_minor(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def check_machine(plan: Plan, here: Cluster) -> None:
+    """Refuse a plan for other or more hardware than `here`, a fresh probe of this machine."""
+    if plan.cluster.nodes > 1:
+        raise NotFeasible(
+            f"the plan is for {plan.cluster.nodes} nodes",
+            why="this command starts ranks on one node",
+            do="plan for one node, or start `python -m outlay.runner.rank RUN` with torchrun",
+        )
+    if (plan.cluster.kind == "gpu") != (here.kind == "gpu"):
+        raise NotFeasible(
+            f"the plan is for {plan.cluster.accelerator.name}, "
+            f"this machine has {here.accelerator.name}",
+            do="plan again with --hardware probe",
+        )
+    if here.kind == "gpu":
+        _check_gpus(plan, here)
+    else:
+        _check_host(plan, here)
+
+
+def _check_gpus(plan: Plan, here: Cluster) -> None:
+    ranks, gpus = plan.strategy.world, here.gpus
+    if ranks > len(gpus):
+        raise NotFeasible(
+            f"the plan needs {ranks} GPUs, this machine has {len(gpus)}",
+            do="plan again with --hardware probe",
+        )
+    needed = _needed_bytes(plan)
+    for gpu in gpus[:ranks]:
+        if needed is not None and needed > gpu.free_bytes:
+            raise NotFeasible(
+                f"GPU {gpu.index} ({gpu.name}) has too little free memory for this plan",
+                why=f"at least {format_bytes(needed)} are needed, "
+                f"{format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} are free",
+                do="end what else uses it, or plan again with --hardware probe",
+            )
+
+
+def _check_host(plan: Plan, here: Cluster) -> None:
+    ranks, host, needed = plan.strategy.world, here.host, _needed_bytes(plan)
+    if host is None:
+        return
+    if ranks > host.cores:
+        raise NotFeasible(
+            f"the plan has {ranks} ranks, this machine has {host.cores} usable cores",
+            do="plan again with --hardware probe",
+        )
+    if needed is not None and ranks * needed > host.available_bytes:
+        raise NotFeasible(
+            "this machine has too little free memory for this plan",
+            why=f"{ranks} ranks of at least {format_bytes(needed)} are "
+            f"{format_bytes(ranks * needed)}, {format_bytes(host.available_bytes)} are free",
+            do="end what else uses it, or plan again with --hardware probe",
+        )
+
+
+def _needed_bytes(plan: Plan) -> float | None:
+    """The low end of the estimate for one rank: with less it surely fails. Null: unknown."""
+    value = plan.estimate.get("memory", {}).get("low_bytes")
+    return None if value is None else float(value)

@@ -1,0 +1,259 @@
+"""Runs a plan on this machine: checks, data, ranks, supervision, and the outcome."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.files import plain
+from outlay.planner.spec.measurement import Outcome
+from outlay.planner.spec.plan import Plan
+from outlay.profiles.errors import CheckpointError, UsageError
+from outlay.runner.budget import OPTIMISTIC_STARTUP_S, Meter
+from outlay.runner.events import EventLog, Follower, cut_torn_line, utc_now
+from outlay.runner.fit import check_machine, check_software
+from outlay.runner.folder import Attempt, Attempts, RunFolder
+from outlay.runner.host import (
+    AcceleratorKind,
+    build_ops,
+    default_extensions_dir,
+    ops_needed,
+    prepare_environment,
+)
+from outlay.runner.processes import EARLIER, STARTED, Ranks, Signals
+from outlay.runner.schedule import check_schedule
+from outlay.runner.supervise import Seen, Supervisor
+from outlay.runner.telemetry import progress_for
+
+_MAY_CHANGE = ("budget", "steps", "save_every", "eval_every", "eval_sequences")
+"""Keys of a job that a resume may set anew."""
+
+
+def run_plan(
+    plan: Plan,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    here: Cluster | None = None,
+    started_s: float | None = None,
+    stream: TextIO | None = None,
+    quiet: bool = False,
+) -> Outcome:
+    """Train as the plan says, in `run_dir`; returns when nothing of it runs any more.
+
+    `here`: a fresh probe of this machine, to refuse a plan that does not fit it (null = not
+    checked). `started_s`: since when time counts, on CLOCK_MONOTONIC (null = now). Progress goes to
+    `stream` (stderr). Raises OutlayError for what is refused before the ranks start.
+    """
+    started_s = time.monotonic() if started_s is None else started_s
+    folder = RunFolder(Path(run_dir))
+    _check(plan, here)
+    (folder.require_run if resume else folder.require_new)()
+    with folder.locked():
+        earlier = folder.read_attempts()
+        meter = Meter.of_cluster(
+            plan.job.budget, plan.cluster, started_s=started_s, earlier_s=earlier.spent_s()
+        )
+        least_s, source = _startup(earlier)
+        meter.require(least_s, source=source)
+        checkpoint = _newest(folder, plan) if resume else None
+        _prepare_data(plan, folder)
+        environment = rank_environment(plan)
+        return _attempt(
+            plan,
+            folder,
+            meter,
+            earlier=earlier,
+            checkpoint=checkpoint,
+            environment=environment,
+            stream=stream,
+            quiet=quiet,
+        )
+
+
+def _check(plan: Plan, here: Cluster | None) -> None:
+    check_software()
+    check_schedule(plan.job.schedule, plan.job.steps)
+    if plan.job.seed < 0:
+        raise UsageError(f"seed must not be negative, it is {plan.job.seed}")
+    if here is not None:
+        check_machine(plan, here)
+
+
+def _startup(earlier: Attempts) -> tuple[float, str]:
+    """(least seconds until the first step, where the figure is from)."""
+    measured = [a.ready_s for a in earlier.attempts if a.ready_s is not None]
+    if measured:
+        return 0.8 * min(measured), "80 % of the fastest earlier start of this run"
+    return OPTIMISTIC_STARTUP_S, "assumed; this run was not started before"
+
+
+def _newest(folder: RunFolder, plan: Plan) -> Path:
+    """The newest checkpoint that verifies. Never start from nothing by oneself."""
+    from outlay.runner.checkpoint import newest_valid
+
+    _check_same(plan, folder.read_plan(), folder)
+    checkpoint = newest_valid(folder.checkpoints)
+    if checkpoint is None:
+        raise CheckpointError(
+            "there is no checkpoint that verifies, so nothing can be resumed",
+            where=str(folder.checkpoints),
+            do="start a new run in another folder",
+        )
+    return checkpoint
+
+
+def _check_same(plan: Plan, stored: Plan, folder: RunFolder) -> None:
+    """A resume may change limits, but not what is trained nor how it is laid out in checkpoints."""
+    new, old = _identity(plan), _identity(stored)
+    differ = [key for key in new if new[key] != old.get(key)]
+    if differ:
+        raise UsageError(
+            "this is not the plan that the run was started with",
+            where=str(folder.plan),
+            why="; ".join(f"{key}: {old.get(key)} → {new[key]}" for key in differ),
+            do=f"start a new run, or change only {', '.join(_MAY_CHANGE)}",
+        )
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    job = {k: v for k, v in plain(plan.job).items() if k not in _MAY_CHANGE}
+    return {
+        **{f"job.{key}": value for key, value in job.items()},
+        "strategy": plain(plan.strategy),
+        "model.config": plain(plan.model.config),
+        "deepspeed": plain(plan.deepspeed),
+    }
+
+
+def _prepare_data(plan: Plan, folder: RunFolder) -> None:
+    """Text is tokenized once a run; either way the data must suffice, before ranks are started."""
+    from outlay.runner.data.dataset import TokenDataset
+
+    data, job = plan.job.data, plan.job
+    path = folder.dataset(plan)
+    vocab = int(plan.model.config["vocab_size"])
+    assert data is not None
+    if data.format == "text" and not path.exists():
+        from outlay.runner.data.corpus import text_files
+        from outlay.runner.data.prepare import prepare
+
+        if data.tokenizer is None and plan.model.weights is not None:
+            raise UsageError(
+                "text for a model with trained weights needs their tokenizer",
+                do="give the tokenizer.json that belongs to the weights",
+            )
+        prepare(
+            text_files(data.path),
+            path,
+            seed=job.seed,
+            vocab_size=vocab if data.tokenizer is None else None,
+            tokenizer_path=data.tokenizer,
+        )
+    dataset = TokenDataset(path, seq_len=job.seq_len, seed=job.seed)
+    if dataset.info.vocab_size > vocab:
+        raise UsageError(
+            "the data has tokens that the model does not know",
+            where=str(path),
+            why=f"vocabulary {dataset.info.vocab_size}, the model's {vocab}",
+            do="prepare the data with the model's tokenizer",
+        )
+    dataset.heldout_batches(
+        0,
+        dp_size=plan.strategy.dp,
+        micro_batch=plan.strategy.micro_batch,
+        sequences=job.eval_sequences,
+    )
+
+
+def rank_environment(plan: Plan) -> dict[str, str]:
+    """Variables of the ranks. What DeepSpeed needs is compiled first: ranks would race for it."""
+    ranks = plan.strategy.world
+    kind: AcceleratorKind = "cuda" if plan.cluster.kind == "gpu" else "cpu"
+    cores = plan.cluster.host.cores if plan.cluster.host is not None else ranks
+    threads = max(1, cores // ranks)
+    environment = prepare_environment(ranks, threads, kind, default_extensions_dir())
+    build_ops(ops_needed(plan.deepspeed), environment)
+    return environment
+
+
+def _attempt(
+    plan: Plan,
+    folder: RunFolder,
+    meter: Meter,
+    *,
+    earlier: Attempts,
+    checkpoint: Path | None,
+    environment: dict[str, str],
+    stream: TextIO | None,
+    quiet: bool,
+) -> Outcome:
+    """Start the ranks and stay until they have ended."""
+    folder.write_plan(plan)
+    for stale in (folder.outcome, *folder.failures()):
+        stale.unlink(missing_ok=True)
+    cut_torn_line(folder.events)
+    attempt = Attempt(started_at=utc_now(), elapsed_s=meter.elapsed_s())
+    attempts = replace(earlier, attempts=(*earlier.attempts, attempt))
+    folder.write_attempts(attempts)
+    follower = Follower(folder.events)
+    follower.skip_to_end()
+    log = EventLog(folder.events, meter.elapsed_s)
+    progress = progress_for(plan.job.steps, meter, stream, quiet=quiet)
+    supervisor = Supervisor(
+        plan,
+        folder,
+        meter=meter,
+        log=log,
+        attempts=attempts,
+        progress=progress,
+        follower=follower,
+        seen=_seen(checkpoint),
+    )
+    try:
+        log.write(
+            "start",
+            ranks=plan.strategy.world,
+            strategy=plan.strategy.label(),
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            spent_s=meter.spent().wall_s,
+            limit_s=meter.limit_s,
+        )
+        with Signals() as signals, _start(plan, folder, meter, checkpoint, environment) as ranks:
+            supervisor.watch(ranks, signals)
+            ranks.close()
+            return supervisor.conclude(ranks)
+    finally:
+        progress.close()
+        log.close()
+
+
+def _seen(checkpoint: Path | None) -> Seen:
+    """What is known before the first event: where a resumed run stands."""
+    if checkpoint is None:
+        return Seen()
+    step = int(checkpoint.name.rpartition("-")[2])
+    return Seen(step=step, saved_step=step, checkpoint=str(checkpoint))
+
+
+def _start(
+    plan: Plan,
+    folder: RunFolder,
+    meter: Meter,
+    checkpoint: Path | None,
+    environment: dict[str, str],
+) -> Ranks:
+    return Ranks(
+        plan.strategy.world,
+        folder.root.absolute(),
+        arguments=[] if checkpoint is None else ["--checkpoint", str(checkpoint.absolute())],
+        environment={
+            **environment,
+            STARTED: repr(meter.started_s),
+            EARLIER: repr(meter.earlier_s),
+        },
+        log=folder.log,
+    )
