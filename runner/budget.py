@@ -19,7 +19,7 @@ from outlay.planner.spec.job import Budget
 from outlay.profiles.errors import NotFeasible, UsageError
 from outlay.profiles.units import format_seconds, format_usd
 
-SHUTDOWN_S = 2.0
+SHUTDOWN_S = 1.0
 """Kept for ranks to end in, once the outcome is on disk; slower ones are ended by force."""
 
 OPTIMISTIC_STARTUP_S = 4.0
@@ -182,10 +182,10 @@ class Bounds:
         self.step = UpperBound(step_guess_s)
         by_bytes_s = self.BYTES_A_PARAMETER * parameters / write_bytes_per_s
         # twice: what is written is read again for its hash
-        self.save = UpperBound(2 * by_bytes_s + 1.0, factor=1.3, slack_s=0.3)
-        self.evaluate = UpperBound(0.0, slack_s=0.2)
+        self.save = UpperBound(2 * by_bytes_s + 1.0, factor=1.3, slack_s=0.2)
+        self.evaluate = UpperBound(0.0, slack_s=0.1)
         # an export holds the weights alone, at most 4 of those 16 bytes, but one rank writes it
-        self.export = UpperBound(by_bytes_s + 1.0, factor=1.3, slack_s=0.3)
+        self.export = UpperBound(by_bytes_s + 0.5, factor=1.3, slack_s=0.2)
 
     def finish_s(self) -> float:
         """The last save, the held-out evaluation, the export and the end of the processes."""

@@ -125,11 +125,14 @@ class Engine:
         refuse(plan, torch.distributed.get_world_size(), get_accelerator().device_name())
         if plan.job.precision == "tf32":
             torch.set_float32_matmul_precision("high")
+        kind: type[Engine] = Engine
         if plan.strategy.pp > 1:
-            from outlay.runner.pipeline import PipelineEngine
-
-            return PipelineEngine(plan, PipelineEngine._initialize(plan))
-        return Engine(plan, Engine._initialize(plan))
+            from outlay.runner.pipeline import PipelineEngine as kind
+        try:
+            return kind(plan, kind._initialize(plan))
+        except BaseException:
+            repairs.release(None)
+            raise
 
     @staticmethod
     def _initialize(plan: Plan) -> Any:
@@ -262,10 +265,18 @@ def initialize(model: nn.Module, config: dict[str, Any]) -> Any:
     import deepspeed
 
     weights = [p for p in model.parameters() if p.requires_grad]
+    with quiet(), _refusals():
+        return deepspeed.initialize(model=model, model_parameters=weights, config=config)[0]
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    from deepspeed import DeepSpeedConfigError
+    from pydantic import ValidationError
+
     try:
-        with quiet():
-            return deepspeed.initialize(model=model, model_parameters=weights, config=config)[0]
-    except (AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        yield
+    except (AssertionError, DeepSpeedConfigError, ValidationError) as error:
         raise UsageError(
             "DeepSpeed refuses the configuration of this plan",
             why=str(error) or type(error).__name__,
@@ -287,7 +298,7 @@ def _fill_partitioned(model: nn.Module, filler: Filler, config: dict[str, Any]) 
     """Fill and split one part at a time, so that no rank ever holds the whole model."""
     import deepspeed
 
-    with quiet():
+    with quiet(), _refusals():
         for part in parts_of(model):
             deepspeed.zero.Init(module=filler.fill(part), config_dict_or_path=config)
 

@@ -24,6 +24,7 @@ from outlay.runner.host import (
     prepare_environment,
 )
 from outlay.runner.processes import EARLIER, STARTED, Ranks, Signals
+from outlay.runner.refuse import refuse
 from outlay.runner.schedule import check_schedule
 from outlay.runner.supervise import Seen, Supervisor
 from outlay.runner.telemetry import progress_for
@@ -59,7 +60,7 @@ def run_plan(
         )
         least_s, source = _startup(earlier)
         meter.require(least_s, source=source)
-        checkpoint = _newest(folder, plan) if resume else None
+        checkpoint, rejected = _newest(folder, plan) if resume else (None, [])
         _prepare_data(plan, folder)
         environment = rank_environment(plan)
         return _attempt(
@@ -68,6 +69,7 @@ def run_plan(
             meter,
             earlier=earlier,
             checkpoint=checkpoint,
+            rejected=rejected,
             environment=environment,
             stream=stream,
             quiet=quiet,
@@ -79,8 +81,13 @@ def _check(plan: Plan, here: Cluster | None) -> None:
     check_schedule(plan.job.schedule, plan.job.steps)
     if plan.job.seed < 0:
         raise UsageError(f"seed must not be negative, it is {plan.job.seed}")
+    refuse(plan, plan.strategy.world, _accelerator(plan))
     if here is not None:
         check_machine(plan, here)
+
+
+def _accelerator(plan: Plan) -> AcceleratorKind:
+    return "cuda" if plan.cluster.kind == "gpu" else "cpu"
 
 
 def _startup(earlier: Attempts) -> tuple[float, str]:
@@ -91,19 +98,20 @@ def _startup(earlier: Attempts) -> tuple[float, str]:
     return OPTIMISTIC_STARTUP_S, "assumed; this run was not started before"
 
 
-def _newest(folder: RunFolder, plan: Plan) -> Path:
-    """The newest checkpoint that verifies. Never start from nothing by oneself."""
+def _newest(folder: RunFolder, plan: Plan) -> tuple[Path, list[str]]:
+    """The newest checkpoint that verifies, and why newer ones do not. Never nothing instead."""
     from outlay.runner.checkpoint import newest_valid
 
     _check_same(plan, folder.read_plan(), folder)
-    checkpoint = newest_valid(folder.checkpoints)
+    checkpoint, rejected = newest_valid(folder.checkpoints)
     if checkpoint is None:
         raise CheckpointError(
             "there is no checkpoint that verifies, so nothing can be resumed",
             where=str(folder.checkpoints),
+            why="; ".join(r.reason for r in rejected) or "none was finished",
             do="start a new run in another folder",
         )
-    return checkpoint
+    return checkpoint, [f"passed over {r.path.name}: {r.reason}" for r in rejected]
 
 
 def _check_same(plan: Plan, stored: Plan, folder: RunFolder) -> None:
@@ -172,10 +180,9 @@ def _prepare_data(plan: Plan, folder: RunFolder) -> None:
 def rank_environment(plan: Plan) -> dict[str, str]:
     """Variables of the ranks. What DeepSpeed needs is compiled first: ranks would race for it."""
     ranks = plan.strategy.world
-    kind: AcceleratorKind = "cuda" if plan.cluster.kind == "gpu" else "cpu"
     cores = plan.cluster.host.cores if plan.cluster.host is not None else ranks
     threads = max(1, cores // ranks)
-    environment = prepare_environment(ranks, threads, kind, default_extensions_dir())
+    environment = prepare_environment(ranks, threads, _accelerator(plan), default_extensions_dir())
     build_ops(ops_needed(plan.deepspeed), environment)
     return environment
 
@@ -187,6 +194,7 @@ def _attempt(
     *,
     earlier: Attempts,
     checkpoint: Path | None,
+    rejected: list[str],
     environment: dict[str, str],
     stream: TextIO | None,
     quiet: bool,
@@ -222,6 +230,8 @@ def _attempt(
             spent_s=meter.spent().wall_s,
             limit_s=meter.limit_s,
         )
+        for message in rejected:
+            log.write("warning", message=message)
         with Signals() as signals, _start(plan, folder, meter, checkpoint, environment) as ranks:
             supervisor.watch(ranks, signals)
             ranks.close()

@@ -53,12 +53,14 @@ class RankPool:
         accelerator: AcceleratorKind = "cpu",
         extensions_dir: Path | None = None,
         start_timeout_s: float = 300.0,
+        grace_s: float = _GRACE_S,
     ) -> None:
         self.n = n
         self.threads_per_rank = threads_per_rank
         self.accelerator = accelerator
         self.extensions_dir = extensions_dir or default_extensions_dir()
         self.start_timeout_s = start_timeout_s
+        self.grace_s = grace_s
         self.start_s: float | None = None
         """How long the last start took; seconds."""
         self.starts = 0
@@ -176,7 +178,7 @@ class RankPool:
                     self._give_up(target, f"rank {rank} died (exit code {code})", [rank])
                 if answers[rank][0] == "error":
                     failed.append(rank)
-                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+                    deadline = min(deadline, time.monotonic() + self.grace_s)
         return [answers[rank] for rank in range(self.n)]
 
     def _give_up(self, target: str, what: str, ranks: list[int]) -> None:

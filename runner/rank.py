@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 from outlay.planner.spec.plan import Plan
@@ -67,6 +68,7 @@ def _train(folder: RunFolder, checkpoint: Path | None, stop: processes.StopReque
     plan = folder.read_plan()
     meter = _meter(plan, folder)
     log = EventLog(folder.events, meter.elapsed_s)
+    from outlay.runner.checkpoint import load_checkpoint
     from outlay.runner.data.dataset import TokenDataset
     from outlay.runner.engine import Engine, RankInfo
     from outlay.runner.train import Trainer
@@ -79,7 +81,9 @@ def _train(folder: RunFolder, checkpoint: Path | None, stop: processes.StopReque
         plan, folder, engine=engine, info=info, dataset=dataset, meter=meter, log=log, stop=stop
     )
     if checkpoint is not None:
-        trainer.restore(engine.load(checkpoint), str(checkpoint))
+        # the supervisor has just checked the hashes; without one the ranks do
+        load = engine.load if processes.SUPERVISOR in os.environ else partial(load_checkpoint, engine)
+        trainer.restore(load(checkpoint), str(checkpoint))
     log.write("rank_ready", trainer.step, rank=info.rank)
     code = trainer.run()
     log.close()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from outlay.profiles.errors import CheckpointError
+
 _LINEAR = functional.linear
 
 
@@ -64,17 +66,19 @@ def forget_first_step(engine: Any) -> None:
         group.pop("step", None)
 
 
-def release(engine: Any) -> None:
+def release(engine: Any | None) -> None:
     """Free what an engine holds, so that another can be built in the same process.
 
     `destroy` leaves ZeRO-3's replacement of `torch.nn.functional.linear`, the process groups, and
-    the grid of the last pipeline, which the next engine would take for its own.
+    the grid of the last pipeline, which the next engine would take for its own. `engine` null: one
+    whose building failed half-way.
     """
     from deepspeed.runtime.pipe import p2p
     from deepspeed.utils import groups
     from torch.distributed import distributed_c10d
 
-    engine.destroy()
+    if engine is not None:
+        engine.destroy()
     functional.linear = _LINEAR
     world = distributed_c10d._get_default_group()
     for group in list(distributed_c10d._world.pg_map):
@@ -90,12 +94,18 @@ def load_weights_only(engine: Any) -> None:
     `TorchCheckpointEngine.load` unpickles with `weights_only=False`. The shards hold three classes
     of DeepSpeed's, none of which does more than carry numbers.
     """
+    from pickle import UnpicklingError
+
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     def read(path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except UnpicklingError as error:
+            why = str(error).strip().splitlines()[-1]
+            raise CheckpointError("a shard holds more than numbers", where=path, why=why) from error
 
     engine.checkpoint_engine.load = read

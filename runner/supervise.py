@@ -148,7 +148,7 @@ class Supervisor:
 
     def _without_outcome(self, ranks: Ranks) -> Outcome:
         seen = self._seen
-        saved = seen.checkpoint is not None and seen.saved_step == seen.step
+        saved = seen.step == (seen.saved_step or 0)
         if self._ended_by is None:
             cause = cause_of(self._folder, ranks.deaths)
             reason, code = cause.reason, cause.exit_code

@@ -241,6 +241,7 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.step * self.job.tokens_per_step,
+            "data_position": self.step * self.job.global_batch,
             "spent_s": self.meter.spent().wall_s,
             "train_loss": self.loss,
             "data": self._data_identity(),
@@ -257,7 +258,7 @@ class Trainer:
     def _guess_export(self, save_s: float, save_bytes: int) -> None:
         """All ranks wrote the checkpoint; one writes the export, with at most 4 bytes a weight."""
         share = 4 * self.plan.model.parameters * self.info.world / max(1, save_bytes)
-        self.bounds.export.guess(1.5 * save_s * share + 1.0)
+        self.bounds.export.guess(1.5 * save_s * share + 0.5)
 
     def _data_identity(self) -> dict[str, Any]:
         return {
@@ -275,7 +276,7 @@ class Trainer:
         began_s = time.monotonic()
         self.engine.evaluate(self.heldout[:1])
         each_s = time.monotonic() - began_s
-        self.bounds.evaluate.guess(1.3 * len(self.heldout) * each_s + 0.3)
+        self.bounds.evaluate.guess(1.3 * len(self.heldout) * each_s + 0.1)
 
     def _evaluate(self) -> float:
         began_s = time.monotonic()

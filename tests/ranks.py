@@ -192,3 +192,221 @@ def reference(plan: Plan, steps: int) -> dict[str, Any]:
         ]
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     return {"losses": losses, "norms": norms, "heldout": sum(heldout) / 2, "weights": weights}
+
+
+def train_save_train(plan: Plan, root: str, steps: int, more: int) -> dict[str, Any]:
+    """Train, save, train on: the losses after the save are what a resume must repeat."""
+    from pathlib import Path
+
+    from outlay.runner.checkpoint import save_checkpoint
+    from outlay.runner.engine import Engine
+
+    engine = Engine.build(plan)
+    try:
+        for step in range(steps):
+            engine.train_step(micro_batches(plan, step, engine.dp_rank))
+        state = {"tokens": steps * plan.job.tokens_per_step, "data": {"step": steps}}
+        folder = save_checkpoint(engine, Path(root), steps, state)
+        return {"folder": str(folder), "losses": _more(engine, plan, steps, more)}
+    finally:
+        engine.close()
+
+
+def resume_train(plan: Plan, folder: str, more: int) -> dict[str, Any]:
+    """Build, load, train on."""
+    from pathlib import Path
+
+    from outlay.runner.checkpoint import load_checkpoint
+    from outlay.runner.engine import Engine
+
+    engine = Engine.build(plan)
+    try:
+        state = load_checkpoint(engine, Path(folder))
+        step = state["data"]["step"]
+        return {"state": state, "losses": _more(engine, plan, step, more)}
+    finally:
+        engine.close()
+
+
+def _more(engine: Any, plan: Plan, step: int, more: int) -> list[float]:
+    steps = range(step, step + more)
+    return [engine.train_step(micro_batches(plan, s, engine.dp_rank)) for s in steps]
+
+
+def who(said: str, suffix: str = "") -> dict[str, Any]:
+    """Who this rank is, after one collective."""
+    import os
+
+    import torch
+
+    total = torch.tensor(torch.distributed.get_rank())
+    torch.distributed.all_reduce(total)
+    return {
+        "rank": torch.distributed.get_rank(),
+        "world": torch.distributed.get_world_size(),
+        "sum": int(total),
+        "said": said + suffix,
+        "pid": os.getpid(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def shared_memory_op() -> bool:
+    """Whether DeepSpeed uses its compiled shared-memory kernels here."""
+    from deepspeed.comm import comm
+
+    return comm.cdb.shm_comm_op is not None
+
+
+def fail_in(rank: int) -> None:
+    """Raise in one rank."""
+    import torch
+
+    if torch.distributed.get_rank() == rank:
+        raise ValueError(f"rank {rank} does not like this")
+
+
+def refuse_all() -> None:
+    """Raise one of our errors in all ranks."""
+    from outlay.profiles.errors import UsageError
+
+    raise UsageError("not like this", where="here", do="like that")
+
+
+def die_in(rank: int) -> None:
+    """End one rank's process."""
+    import os
+
+    import torch
+
+    if torch.distributed.get_rank() == rank:
+        print("last words", flush=True)
+        os._exit(7)
+
+
+def hang_in(rank: int) -> None:
+    """One rank never returns."""
+    import time
+
+    import torch
+
+    if torch.distributed.get_rank() == rank:
+        time.sleep(3600)
+
+
+def fail_before_meeting(rank: int) -> None:
+    """One rank raises, the others wait for it in a collective."""
+    import torch
+
+    if torch.distributed.get_rank() == rank:
+        raise ValueError("never came")
+    torch.distributed.barrier()
+
+
+def block_forwards(plan: Plan) -> dict[str, Any]:
+    """How often each decoder block of this rank computed its MLP in one step, and the loss."""
+    from outlay.runner.engine import Engine
+
+    engine = Engine.build(plan)
+    try:
+        counts: list[int] = []
+        mlps = [m for name, m in engine.deepspeed.module.named_modules() if name.endswith("mlp")]
+        for index, mlp in enumerate(mlps):
+            counts.append(0)
+
+            def count(*_: Any, index: int = index) -> None:
+                counts[index] += 1
+
+            mlp.register_forward_hook(count)
+        loss = engine.train_step(micro_batches(plan, 0, engine.dp_rank))
+        return {"counts": counts, "loss": loss}
+    finally:
+        engine.close()
+
+
+def still_at_zero_lr(plan: Plan) -> dict[str, Any]:
+    """Losses of the same batch: two steps at lr 0, then one at the job's and one more."""
+    from outlay.runner.engine import Engine
+
+    engine = Engine.build(plan)
+    try:
+        before = engine.last_grad_norm
+        losses = []
+        for lr in (0.0, 0.0, plan.job.optimizer.lr, 0.0):
+            engine.set_lr(lr)
+            losses.append(engine.train_step(micro_batches(plan, 0, engine.dp_rank)))
+        return {"losses": losses, "norm_before": before, "norm": engine.last_grad_norm}
+    finally:
+        engine.close()
+
+
+def left_behind(plans: list[Plan]) -> list[dict[str, int]]:
+    """After each engine is built, used and closed: large tensors alive, process groups."""
+    import gc
+
+    import torch
+    from torch.distributed import distributed_c10d
+    from torch.nn import functional
+
+    from outlay.runner.engine import Engine
+
+    seen = []
+    for plan in plans:
+        engine = Engine.build(plan)
+        engine.train_step(micro_batches(plan, 0, engine.dp_rank))
+        engine.evaluate(micro_batches(plan, 1, engine.dp_rank))
+        engine.close()
+        engine.close()
+        del engine
+        gc.collect()
+        large = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() > 2000]
+        seen.append(
+            {
+                "large_tensors": len(large),
+                "groups": len(distributed_c10d._world.pg_map),
+                "own_linear": int(functional.linear.__module__.startswith("deepspeed")),
+            }
+        )
+    return seen
+
+
+def feed(plan: Plan, shapes: list[tuple[int, int]]) -> None:
+    """One step with batches of these shapes."""
+    import torch
+
+    from outlay.runner.engine import Engine
+
+    engine = Engine.build(plan)
+    try:
+        engine.train_step([torch.zeros(shape, dtype=torch.int64) for shape in shapes])
+    finally:
+        engine.close()
+
+
+def evaluate_nothing(plan: Plan) -> None:
+    """Evaluate on no batch at all."""
+    from outlay.runner.engine import Engine
+
+    engine = Engine.build(plan)
+    try:
+        engine.evaluate([])
+    finally:
+        engine.close()
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Two results of `train` and `reference`: the same curve, norms, held-out loss and weights."""
+    import numpy as np
+
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found["norms"], expected["norms"], rtol=1e-3)
+    assert abs(found["heldout"] - expected["heldout"]) <= 1e-4
+    assert found["losses"][-1] < found["losses"][0] - 0.5
+    assert list(found["weights"]) == list(expected["weights"])
+    for name, weight in expected["weights"].items():
+        if name.endswith(("attn.bias", "query_key_value.bias", "k_proj.bias")):
+            # The bias of the keys shifts all scores of a query alike: its gradient is rounding
+            # error alone, which Adam makes into steps of full size.
+            continue
+        distance = np.linalg.norm(found["weights"][name] - weight)
+        assert distance <= 1e-3 * np.linalg.norm(weight), name

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from outlay.planner.spec.model import Block, ModelSpec
+from outlay.planner.spec.model import Attention, Block, ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +25,29 @@ class Gemm:
     visits: float = 1.0
 
 
+def _attention_gemms(a: Attention, h: int) -> list[Gemm]:
+    """Projections. Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) first compresses to
+    `q_rank` and `kv_rank` numbers a token, which every tensor-parallel rank does whole."""
+    out = Gemm(name="o", k=a.out_width, n=h, shard="k")
+    if not a.kv_rank:
+        kv = a.k_width + a.v_width
+        return [Gemm(name="q", k=h, n=a.q_width, shard="n"), Gemm(name="kv", k=h, n=kv, shard="n"), out]
+    expanded = a.k_width - a.kv_heads * a.rope_head_dim + a.v_width
+    gemms = [
+        Gemm(name="q", k=a.q_rank or h, n=a.q_width, shard="n"),
+        Gemm(name="kv_down", k=h, n=a.kv_rank + a.rope_head_dim, shard=""),
+        Gemm(name="kv_up", k=a.kv_rank, n=expanded, shard="n"),
+        out,
+    ]
+    return gemms + ([Gemm(name="q_down", k=h, n=a.q_rank, shard="")] if a.q_rank else [])
+
+
 def block_gemms(spec: ModelSpec, block: Block) -> list[Gemm]:
     """The weight matrix multiplies of one block, forward."""
-    a, h = block.attention, spec.hidden
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    gemms = [
-        Gemm(name="q", k=h, n=q, shard="n"),
-        Gemm(name="kv", k=h, n=2 * kv, shard="n"),
-        Gemm(name="o", k=q, n=h, shard="k"),
-    ]
+    h = spec.hidden
+    gemms = _attention_gemms(block.attention, h)
+    if block.cross_attention is not None:
+        gemms += _attention_gemms(block.cross_attention, h)
     mlp = block.mlp
     up = 2 if mlp.gated else 1
     if mlp.experts:
@@ -61,9 +75,13 @@ def keys_per_token(seq_len: float, window: int | None, *, causal: bool) -> float
 
 
 def attention_flops_per_token(block: Block, seq_len: float, *, causal: bool = True) -> float:
-    """QKᵀ and PV of one block, forward: 2 products · 2 FLOPs · heads · head_dim · keys."""
+    """QKᵀ and PV of one block, forward: 2 FLOPs · (q width + v width) · keys.
+
+    An encoder's tokens attend to all keys, whatever `causal` says.
+    """
     a = block.attention
-    return 4.0 * a.heads * a.head_dim * keys_per_token(seq_len, a.window, causal=causal)
+    keys = keys_per_token(seq_len, a.window, causal=causal and a.causal)
+    return 2.0 * (a.q_width + a.out_width) * keys
 
 
 def block_matmul_flops_per_token(spec: ModelSpec, block: Block) -> float:

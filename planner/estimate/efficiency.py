@@ -1,7 +1,8 @@
 """Efficiency figures: how much of a datasheet is reached, with an interval and a source each.
 
 They live in `profiles/efficiency/*.yaml`. Layers, later over earlier: `common.yaml`, the kind of
-accelerator (`gpu.yaml`, `cpu.yaml`), the accelerator itself where a file of its name exists.
+accelerator (`gpu.yaml`, `cpu.yaml`), its architecture (`ampere.yaml`), the accelerator itself;
+the last two where a file of that name exists.
 """
 
 from __future__ import annotations
@@ -69,7 +70,16 @@ def _layer(name: str) -> dict[str, Figure]:
     return {key: Figure(**value) for key, value in raw["figures"].items()}
 
 
+def layers_of(accelerator: Accelerator) -> tuple[str, ...]:
+    """Names of the files that may hold figures for this accelerator, the most general first."""
+    kind = "cpu" if accelerator.kind == "cpu" else "gpu"
+    architecture = (accelerator.architecture or "").lower().replace(" ", "-")
+    return tuple(dict.fromkeys(("common", kind, *filter(None, [architecture]), accelerator.name)))
+
+
 def efficiency_for(accelerator: Accelerator) -> Efficiency:
     """All figures that hold for this accelerator."""
-    kind = "cpu" if accelerator.kind == "cpu" else "gpu"
-    return Efficiency(_layer("common") | _layer(kind) | _layer(accelerator.name))
+    figures: dict[str, Figure] = {}
+    for name in layers_of(accelerator):
+        figures |= _layer(name)
+    return Efficiency(figures)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def table(*columns: str, title: str | None = None) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    return table
+        grid.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return grid
 
 
 def _pairs(rows: Iterable[tuple[str, str]]) -> Table:
@@ -81,11 +81,11 @@ def print_cluster(console: Console, cluster: Cluster) -> None:
 
 
 def _parts_table(title: str, parts: dict[str, float], total: float, show: Any) -> RenderableType:
-    table = _table(title, "", "share")
+    grid = table(title, "", "share")
     for name, value in sorted(parts.items(), key=lambda kv: -kv[1]):
         if value > 0.0005 * total:
-            table.add_row(name.replace("_", " "), show(value), f"{value / total:.0%}")
-    return table
+            grid.add_row(name.replace("_", " "), show(value), f"{value / total:.0%}")
+    return grid
 
 
 def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
@@ -133,16 +133,16 @@ def print_assumptions(console: Console, rows: list[dict[str, Any]]) -> None:
 def print_plan(console: Console, plan: Plan, *, out: str | None) -> None:
     console.print(_pairs(estimate_rows(plan.estimate)))
     console.print(f"{plan.considered} strategies looked at, {plan.feasible} fit. The next:", highlight=False)
-    table = _table("strategy", "step", "memory", "verdict", "why not")
+    grid = table("strategy", "step", "memory", "verdict", "why not")
     for other in plan.alternatives:
-        table.add_row(
+        grid.add_row(
             other.strategy.label(),
             "?" if other.step_s is None else format_seconds(other.step_s),
             "?" if other.device_bytes is None else format_bytes(other.device_bytes),
             other.verdict,
             other.why,
         )
-    console.print(table)
+    console.print(grid)
     print_assumptions(console, plan.estimate["assumptions"])
     if out:
         console.print(f"Plan written to {out}. Next: outlay run {out}", highlight=False)

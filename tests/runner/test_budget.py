@@ -80,10 +80,10 @@ def test_what_is_not_metered_is_refused(kind) -> None:
 
 def test_a_budget_below_the_start_is_refused_with_the_numbers() -> None:
     m = meter(Budget(kind="money", amount=0.005))
-    message = r"(?s)5\.00 s of it are left.*12\.0 s.*raise it above 0\.0120"
+    message = r"(?s)5\.00 s of it are left.*11\.0 s.*raise it above 0\.0110"
     with pytest.raises(NotFeasible, match=message):
         m.require(10.0, source="assumed")
-    meter(Budget(kind="money", amount=0.013)).require(10.0, source="assumed")
+    meter(Budget(kind="money", amount=0.012)).require(10.0, source="assumed")
 
 
 def test_an_upper_bound_covers_what_was_seen_and_forgets_old_steps() -> None:
@@ -103,7 +103,7 @@ def test_an_upper_bound_covers_what_was_seen_and_forgets_old_steps() -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     price=st.floats(0.01, 1000),
-    limit_s=st.floats(30, 5000),
+    limit_s=st.floats(30, 500),
     startup_s=st.floats(0.5, 25),
     step_s=st.floats(0.05, 5),
     spread=st.floats(0.0, 0.2),

@@ -1,0 +1,248 @@
+"""Seconds of one block's operators on one rank, for one micro-batch.
+
+A kernel takes the longer of its arithmetic and its memory traffic. The host starts kernels ahead of
+the device, so a block takes the longer of its kernels and of starting them; where the device is the
+host itself (`start_hidden` False) the two add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from outlay.planner.estimate.candidates import Array, Candidates
+from outlay.planner.estimate.compute import attention_flops_per_token, block_gemms, keys_per_token
+from outlay.planner.estimate.software import Software
+from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.job import Job
+from outlay.planner.spec.model import Attention, Block, ModelSpec
+
+Figures = Mapping[str, "float | Array"]
+
+TILE = 128
+"""Rows and columns of the output that one multiprocessor computes at a time: cuBLAS's usual tiles
+are 128×128 and 128×256 (NVIDIA, Matrix Multiplication Background User's Guide, DA-08587, section 4)."""
+ALIGNMENT = 8
+"""Elements: 16-byte rows, below which tensor cores fall back to slower kernels (same guide, section 2)."""
+_WIDTH = {"fp32": 4, "tf32": 4}
+_LOW = {"fp8": "fp8", "nvfp4": "fp4"}
+"""Precisions of which only the linear layers of blocks run at the low rate."""
+
+
+def width_of(precision: str) -> int:
+    """Bytes of an activation: 4 in fp32 and tf32, 2 otherwise (fp8 and fp4 keep 16-bit activations)."""
+    return _WIDTH.get(precision, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What one rank of this cluster sustains; from measurement where there is one."""
+
+    gemm_flops: float | Array
+    """In the width of activations."""
+    linear_flops: float | Array
+    """Of the linear layers: the low-precision rate under fp8 and nvfp4."""
+    memory_bytes_per_s: float | Array
+    measured: bool
+    sm_count: int | None = None
+    """Null: unknown, so no quantization to waves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTime:
+    """One block and micro-batch, seconds [n]; each pass is kernels only, `host_*` what starting them takes."""
+
+    forward: Array
+    backward: Array
+    recompute: Array
+    """Full recomputation: the forward pass again."""
+    core: Array
+    """Selective recomputation: the attention core again."""
+    host_forward: Array
+    host_backward: Array
+
+
+def speed_of(cluster: Cluster, precision: str, figures: Figures) -> Speed | None:
+    """Rates of one rank; None where neither a measurement nor a datasheet gives them."""
+    rates, accelerator = cluster.rates, cluster.accelerator
+    if rates is not None and precision in rates.gemm_flops:
+        gemm = rates.gemm_flops[precision] * figures["compute.gemm_fraction"]
+        memory = rates.memory_bytes_per_s * figures["compute.memory_fraction"]
+        return Speed(gemm_flops=gemm, linear_flops=gemm, memory_bytes_per_s=memory, measured=True)
+    low = _LOW.get(precision)
+    base = "bf16" if low else precision
+    peak, memory_rate = accelerator.flops.get(base), accelerator.memory_bytes_per_s
+    if peak is None or memory_rate is None or (low and low not in accelerator.flops):
+        return None
+    gemm = peak * figures["compute.gemm_fraction"]
+    if base in _WIDTH:
+        gemm = gemm * figures["compute.wide_factor"]
+    linear = gemm
+    if low:
+        linear = gemm * (accelerator.flops[low] / peak) * figures[f"compute.{low}_factor"]
+    return Speed(
+        gemm_flops=gemm,
+        linear_flops=linear,
+        memory_bytes_per_s=memory_rate * figures["compute.memory_fraction"],
+        measured=False,
+        sm_count=accelerator.sm_count if accelerator.kind == "gpu" else None,
+    )
+
+
+def _padded(size: Array, share: float | Array) -> Array:
+    """`size` rounded up to whole tiles by the share `share` of the way."""
+    whole = np.ceil(size / TILE) * TILE
+    return size + share * (whole - size)
+
+
+def gemm_s(
+    tokens: Array, k: Array, n: Array, speed: Speed, width: int, figures: Figures, *, rate: float | Array | None = None, count: Array | float = 1.0
+) -> Array:
+    """`count` products of [tokens, k]·[k, n] in one kernel: the slower of arithmetic and memory.
+
+    The output is computed in tiles, `sm_count` at a time, so its area is rounded up to tiles and to
+    waves by the share `compute.wave_share` (split-k and smaller tiles recover the rest). A tile
+    pays a prologue worth `compute.gemm_half_k` steps of k, a product of few tokens is as slow as
+    `compute.gemm_half_tokens` more of them, and each kernel has a fixed time.
+    """
+    rate = speed.gemm_flops if rate is None else rate
+    half = figures["compute.gemm_half_tokens"]
+    share = figures["compute.wave_share"]
+    area = count * _padded(tokens, share) * _padded(np.asarray(n, float), share)
+    if speed.sm_count:
+        wave = speed.sm_count * float(TILE * TILE)
+        area = area + share * (np.ceil(area / wave) * wave - area)
+    area = area + half * n * count
+    arithmetic = 2.0 * area * (k + figures["compute.gemm_half_k"]) / rate
+    traffic = width * count * (tokens * k + k * n + tokens * n) / speed.memory_bytes_per_s
+    return np.maximum(arithmetic, traffic) + figures["compute.kernel_s"]
+
+
+def linear_s(
+    spec: ModelSpec, block: Block, job: Job, c: Candidates, tokens: Array, speed: Speed, figures: Figures
+) -> tuple[Array, Array]:
+    """(forward, forward and both backward products) seconds of one block's weight multiplies.
+
+    Backward: dX is [tokens, n]·[n, k] and dW is [k, tokens]·[tokens, n]. Experts receive
+    tokens·top_k·imbalance over the group's ep ranks, each local expert its share.
+    """
+    width, mlp = width_of(job.precision), block.mlp
+    low = job.precision in _LOW
+    forward, backward = np.zeros(len(c)), np.zeros(len(c))
+    for g in block_gemms(spec, block):
+        k = np.asarray(g.k / np.where(g.shard == "k", c.tp, 1), float)
+        n = np.asarray(g.n / np.where(g.shard == "n", c.tp, 1), float)
+        rows, count = tokens, np.ones(len(c))
+        if g.name.startswith("expert"):
+            count = np.maximum(1.0, mlp.experts / c.ep)
+            rows = tokens * mlp.top_k * c.ep / mlp.experts * figures["moe.imbalance"]
+        forward = forward + gemm_s(rows, k, n, speed, width, figures, rate=speed.linear_flops, count=count)
+        backward = backward + gemm_s(rows, n, k, speed, width, figures, rate=speed.linear_flops, count=count)
+        backward = backward + gemm_s(k, rows, n, speed, width, figures, rate=speed.linear_flops, count=count)
+        if low:
+            casts = (rows * (k + n) + k * n) * count * figures["compute.cast_bytes"] / speed.memory_bytes_per_s
+            forward, backward = forward + casts, backward + casts
+    return forward, backward
+
+
+def _score_traffic_bytes(a: Attention, width: int, kernels: str) -> tuple[float, float]:
+    """(forward, backward) bytes a score that unfused attention moves besides q, k and v.
+
+    Forward: QKᵀ writes, softmax reads and writes, PV reads; dropout reads, writes and makes a mask.
+    Backward: dP written and read, softmax reads two and writes one, two products read each.
+    Modules in plain torch scale, mask and upcast to fp32 in kernels of their own.
+    """
+    forward, backward = 4.0 * width, 8.0 * width
+    if a.dropout > 0:
+        forward, backward = forward + 2.0 * width + 1.0, backward + 2.0 * width + 1.0
+    if kernels == "hf":
+        forward, backward = forward + 8.0 * width, backward + 4.0 * width
+    return forward, backward
+
+
+def attention_s(
+    block: Block, job: Job, c: Candidates, tokens: Array, speed: Speed, figures: Figures, kernels: str
+) -> tuple[Array, Array]:
+    """(forward, backward) seconds of one block's attention core.
+
+    flash: the keys that a token sees, in one kernel; backward computes five products where forward
+    computes two (Dao, arXiv 2307.08691, section 3.2). eager: the full square, bound by the traffic
+    of the scores; rows of head_dim that are no multiple of 8 take slower kernels.
+    """
+    a, width = block.attention, width_of(job.precision)
+    eager = job.attention == "eager"
+    flops = attention_flops_per_token(block, job.seq_len, causal=not eager) * tokens / c.tp
+    if not eager:
+        heavy = flops / (speed.gemm_flops * figures["compute.attention_fraction"])
+        kernel = figures["compute.kernel_s"]
+        return heavy + kernel, heavy * figures["compute.attention_backward_factor"] + 2.0 * kernel
+    heavy = flops / (speed.gemm_flops * figures["compute.eager_fraction"])
+    if a.head_dim % ALIGNMENT:
+        heavy = heavy * figures["compute.misaligned_factor"]
+    keys = keys_per_token(job.seq_len, a.window, causal=False)
+    scores = a.heads / c.tp * tokens * keys * figures["compute.softmax_factor"] / speed.memory_bytes_per_s
+    forward, backward = _score_traffic_bytes(a, width, kernels)
+    return heavy + forward * scores, 2.0 * heavy + backward * scores
+
+
+def elementwise_bytes_per_token(spec: ModelSpec, block: Block, width: int, kernels: str) -> tuple[float, float]:
+    """(divided by tp, whole on each tp rank) memory traffic of one block's other operators, forward.
+
+    hf: RMSNorm reads and writes 7 h-wide tensors, twice; rotary 9 of q and k; residuals 6 h; SwiGLU
+    5 ffn. fused: norms 2 h each, rotary 2, residuals with the norm 4 h, activation 3 ffn, dropout
+    makes and reads two masks. A routed token is gathered, permuted and summed top_k times.
+    """
+    a, mlp, h = block.attention, block.mlp, spec.hidden
+    qk = a.q_width + a.k_width
+    ffn = mlp.ffn * mlp.top_k + mlp.shared_ffn if mlp.experts else mlp.ffn
+    routed = 6.0 * h * mlp.top_k if mlp.experts else 0.0
+    if kernels == "hf":
+        return width * (9.0 * qk + (5.0 if mlp.gated else 4.0) * ffn), width * (22.0 * h + routed)
+    masks = 2.0 * h if spec.residual_dropout > 0 else 0.0
+    return width * (2.0 * qk + 3.0 * ffn), width * (8.0 * h + routed) + masks
+
+
+def block_s(
+    spec: ModelSpec, block: Block, job: Job, c: Candidates, speed: Speed, figures: Figures, software: Software
+) -> BlockTime:
+    """All operators of one block, for one micro-batch."""
+    width = width_of(job.precision)
+    tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
+    linear_forward, linear_backward = linear_s(spec, block, job, c, tokens, speed, figures)
+    core_forward, core_backward = attention_s(block, job, c, tokens, speed, figures, software.kernels)
+    sharded, whole = elementwise_bytes_per_token(spec, block, width, software.kernels)
+    split = np.where(c.sequence_parallel > 0, c.tp, 1)
+    traffic = (sharded / c.tp + whole / split) * tokens * figures["compute.elementwise_factor"]
+    if software.kernels == "hf" and speed.sm_count:
+        traffic = traffic * figures["compute.plain_kernels_factor"]
+    light = traffic / speed.memory_bytes_per_s
+    back = figures["compute.backward_light_factor"]
+    operators = software.block_operators * (1.5 if block.mlp.experts else 1.0)
+    host = operators * figures["compute.operator_start_s"] + np.zeros(len(c))
+    forward = linear_forward + core_forward + light
+    return BlockTime(
+        forward=forward,
+        backward=linear_backward + core_backward + back * light,
+        recompute=forward,
+        core=core_forward,
+        host_forward=host,
+        host_backward=host * figures["compute.backward_start_factor"],
+    )
+
+
+def head_s(spec: ModelSpec, job: Job, c: Candidates, speed: Speed, figures: Figures) -> tuple[Array, Array]:
+    """(forward, backward) seconds of final projection and loss for one micro-batch.
+
+    The loss touches vocabulary-wide fp32 values 3 times forward and 6 times backward.
+    """
+    if not spec.has_head:
+        return np.zeros(len(c)), np.zeros(len(c))
+    width = width_of(job.precision)
+    tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
+    vocab = spec.vocab / c.tp
+    hidden = np.asarray(float(spec.hidden))
+    product = gemm_s(tokens, hidden, vocab, speed, width, figures)
+    value = 4.0 * vocab * tokens * figures["compute.elementwise_factor"] / speed.memory_bytes_per_s
+    return product + 3.0 * value, 2.0 * product + 6.0 * value

@@ -1,0 +1,219 @@
+"""`outlay run`, `resume`, `verify`, `status`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from outlay.planner.options import format_option
+from outlay.profiles.errors import CheckpointError, MissingExtra, UsageError
+
+if TYPE_CHECKING:
+    from outlay.planner.spec.measurement import Outcome
+    from outlay.planner.spec.plan import Plan
+
+
+def require_run_extra() -> None:
+    """Training needs packages that the base install leaves out."""
+    import importlib.util
+
+    for package in ("torch", "deepspeed", "transformers", "tokenizers", "safetensors"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtra(package, "run")
+
+
+def with_limits(
+    plan: Plan, budget: tuple[str, ...], price_usd_per_h: float | None, data: str | None = None
+) -> Plan:
+    """The plan with the flags of this call over what it says."""
+    from outlay.planner.spec.job import Budget, Data
+
+    job, cluster = plan.job, plan.cluster
+    if budget:
+        job = dataclasses.replace(job, budget=tuple(Budget.parse(text) for text in budget))
+    if data is not None:
+        kind = "tokens" if (Path(data) / "dataset.json").is_file() else "text"
+        job = dataclasses.replace(job, data=Data(path=data, format=kind))  # type: ignore[arg-type]
+    if price_usd_per_h is not None:
+        if not 0 <= price_usd_per_h < 1e9:
+            raise UsageError(f"{price_usd_per_h} USD/h makes no sense", where="--price-usd-per-h")
+        cluster = dataclasses.replace(
+            cluster, price_usd_per_h=price_usd_per_h, price_source="--price-usd-per-h"
+        )
+    return dataclasses.replace(plan, job=job, cluster=cluster)
+
+
+def _show_outcome(outcome: Outcome) -> None:
+    """The end of a run, on stderr; what it wrote is in outcome.json."""
+    from outlay.profiles.units import format_seconds, format_usd
+
+    cost = "no price" if outcome.cost_usd is None else format_usd(outcome.cost_usd)
+    losses = [
+        f"{name} loss {value:.3f}"
+        for name, value in (("train", outcome.train_loss), ("held-out", outcome.heldout_loss))
+        if value is not None
+    ]
+    click.echo(
+        f"{outcome.state}: {outcome.reason}\n"
+        f"  {outcome.steps:,} steps, {outcome.tokens:,} tokens"
+        + "".join(f", {text}" for text in losses)
+        + f"\n  spent {format_seconds(outcome.wall_s)}, {cost}",
+        err=True,
+    )
+    for name in ("checkpoint", "export"):
+        if path := getattr(outcome, name):
+            click.echo(f"  {name}: {path}", err=True)
+
+
+@click.command()
+@click.argument("plan_file")
+@click.option("--dir", "run_dir", default="run", show_default=True, help="The run's folder; must be new.")
+@click.option("--data", help="Text, or a folder that `outlay data prepare` wrote; instead of the plan's.")
+@click.option("--budget", multiple=True, help="Instead of the plan's: 5usd, 30min, 10gpuh; repeatable.")
+@click.option("--price-usd-per-h", type=float, help="What all of this machine costs an hour.")
+@click.option("--measure-memory", is_flag=True, help="Measure peak memory in a separate short run first.")
+@click.option("--dry-run", is_flag=True, help="Check that the plan fits this machine; start nothing.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def run(
+    plan_file: str,
+    run_dir: str,
+    data: str | None,
+    budget: tuple[str, ...],
+    price_usd_per_h: float | None,
+    measure_memory: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> None:
+    """Train as a plan says, within its budget.
+
+    Exit code 0: all steps done; 4: the budget was reached, saved, stopped; 75: stopped by a signal,
+    saved, start me again with `outlay resume`.
+    """
+    from outlay.runner.budget import process_started_s
+
+    started_s = process_started_s()
+    require_run_extra()
+    from outlay.planner.planning import read_plan
+    from outlay.planner.probe import probe
+    from outlay.runner.fit import check_machine
+    from outlay.runner.launch import run_plan
+
+    plan = with_limits(read_plan(plan_file), budget, price_usd_per_h, data)
+    if plan.job.data is None:
+        raise UsageError("the plan names no data", where=plan_file, do="pass --data")
+    here = probe(ranks=plan.strategy.world if plan.cluster.kind == "cpu" else None)
+    if dry_run:
+        check_machine(plan, here)
+        click.echo(f"{plan_file} fits this machine: {plan.strategy.label()}, {plan.job.steps} steps")
+        return
+    if measure_memory:
+        from outlay.runner.memory_probe import run_memory_probe
+
+        check_machine(plan, here)
+        readings = run_memory_probe(plan)
+        click.echo("peak memory measured: " + ", ".join(str(r.growth_bytes) for r in readings), err=True)
+    outcome = run_plan(plan, Path(run_dir), here=here, started_s=started_s, quiet=quiet)
+    _show_outcome(outcome)
+    sys.exit(outcome.exit_code)
+
+
+@click.command()
+@click.argument("run_dir")
+@click.option("--budget", multiple=True, help="Instead of the run's, for all its attempts together.")
+@click.option("--price-usd-per-h", type=float)
+@click.option("--quiet", is_flag=True, help="No progress.")
+def resume(
+    run_dir: str, budget: tuple[str, ...], price_usd_per_h: float | None, quiet: bool
+) -> None:
+    """Continue a run from its newest checkpoint that verifies.
+
+    What earlier attempts have spent counts. Without such a checkpoint: exit code 5.
+    """
+    from outlay.runner.budget import process_started_s
+
+    started_s = process_started_s()
+    require_run_extra()
+    from outlay.planner.probe import probe
+    from outlay.runner.folder import RunFolder
+    from outlay.runner.launch import run_plan
+
+    folder = RunFolder(Path(run_dir))
+    folder.require_run()
+    plan = with_limits(folder.read_plan(), budget, price_usd_per_h)
+    here = probe(ranks=plan.strategy.world if plan.cluster.kind == "cpu" else None)
+    outcome = run_plan(
+        plan, Path(run_dir), resume=True, here=here, started_s=started_s, quiet=quiet
+    )
+    _show_outcome(outcome)
+    sys.exit(outcome.exit_code)
+
+
+@click.command()
+@click.argument("path")
+def verify(path: str) -> None:
+    """Check a run's checkpoints, or one checkpoint, against their manifests.
+
+    Exit code 5 when none verifies, or the one named does not.
+    """
+    require_run_extra()
+    from outlay.runner.checkpoint import checkpoints
+    from outlay.runner.checkpoint import verify as verify_checkpoint
+    from outlay.runner.folder import RunFolder
+
+    if not Path(path).is_dir():
+        raise UsageError("no such folder", where=path)
+    folder = RunFolder(Path(path))
+    if not folder.is_run():
+        verify_checkpoint(Path(path))
+        click.echo(f"ok   {path}")
+        return
+    good = 0
+    for checkpoint in checkpoints(folder.checkpoints):
+        try:
+            verify_checkpoint(checkpoint)
+        except CheckpointError as error:
+            click.echo(f"bad  {checkpoint}: {error.what}")
+        else:
+            good += 1
+            click.echo(f"ok   {checkpoint}")
+    if not good:
+        raise CheckpointError("no checkpoint verifies", where=str(folder.checkpoints))
+
+
+@click.command()
+@click.argument("run_dir")
+@format_option("table", "json")
+def status(run_dir: str, format_: str) -> None:
+    """How a run stands: its last step, what it has spent, and how it ended."""
+    from outlay.runner.events import read_events
+    from outlay.runner.folder import RunFolder
+
+    folder = RunFolder(Path(run_dir))
+    folder.require_run()
+    last: dict[str, Any] = {}
+    for event in read_events(folder.events):
+        last |= {"last_event": event.kind, "elapsed_s": event.elapsed_s}
+        if event.step is not None:
+            last["step"] = event.step
+        if event.kind == "step":
+            last |= {k: v for k, v in event.data.items() if not isinstance(v, dict)}
+    attempts = folder.read_attempts()
+    ended = folder.outcome.exists()
+    last |= {
+        "attempts": len(attempts.attempts),
+        "spent_s": attempts.spent_s(),
+        "outcome": json.loads(folder.outcome.read_text()) if ended else None,
+    }
+    if format_ == "json":
+        click.echo(json.dumps(last, indent=2))
+        return
+    outcome = last.pop("outcome")
+    for key, value in last.items():
+        click.echo(f"{key:<16}{value}")
+    text = "not ended" if outcome is None else f"{outcome['state']}: {outcome['reason']}"
+    click.echo(f"{'outcome':<16}{text}")
