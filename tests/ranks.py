@@ -304,7 +304,7 @@ def fail_before_meeting(rank: int) -> None:
 
 
 def block_forwards(plan: Plan) -> dict[str, Any]:
-    """How often each decoder block of this rank computed its MLP in one step, and the loss."""
+    """How often each decoder block of this rank began its MLP in one step, and the loss."""
     from outlay.runner.engine import Engine
 
     engine = Engine.build(plan)
@@ -317,7 +317,7 @@ def block_forwards(plan: Plan) -> dict[str, Any]:
             def count(*_: Any, index: int = index) -> None:
                 counts[index] += 1
 
-            mlp.register_forward_hook(count)
+            mlp.register_forward_pre_hook(count)
         loss = engine.train_step(micro_batches(plan, 0, engine.dp_rank))
         return {"counts": counts, "loss": loss}
     finally:
