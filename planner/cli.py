@@ -72,12 +72,19 @@ class Question:
 @job_options
 @strategy_options
 @format_option("table", "json")
+@click.option("--cases", help="CSV of many configurations; needs --out. Columns: docs/reference/cases.md.")
 @click.option("--out", help="Write there instead of stdout.")
-def estimate(job_file: str | None, format_: str, out: str | None, **flags: Any) -> None:
+def estimate(
+    job_file: str | None, format_: str, cases: str | None, out: str | None, **flags: Any
+) -> None:
     """Memory, time and cost of one strategy, each with its interval.
 
     What does not fit is a result, not an error: the exit code is 0 and the verdict says no.
+    With --cases, one prediction a row of a CSV file.
     """
+    if cases is not None:
+        _estimate_cases(cases, out)
+        return
     from outlay.planner.estimate.candidates import Candidates
     from outlay.planner.estimate.estimator import estimate_dict, evaluate
     from outlay.planner.rules import Context, broken
@@ -102,6 +109,15 @@ def estimate(job_file: str | None, format_: str, out: str | None, **flags: Any) 
     with screen.capture() as capture:
         print_estimate(screen, result)
     emit_text(capture.get(), out)
+
+
+def _estimate_cases(cases: str, out: str | None) -> None:
+    from outlay.planner.cases import predict_file
+
+    if out is None:
+        raise UsageError("--cases needs --out FILE.csv")
+    rows, errors = predict_file(cases, out)
+    click.echo(f"wrote {out}: {rows} rows, {errors} of them with an error", err=True)
 
 
 def _one_strategy(q: Question, given: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:

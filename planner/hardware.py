@@ -24,11 +24,17 @@ def _latency_s(kind: str) -> float:
 
 
 def _intra_link(a: Accelerator, per_node: int) -> Link:
-    """NVLink or xGMI where the datasheet has it, PCIe otherwise."""
-    if a.nvlink_bytes_per_s and per_node > 1:
+    """NVLink or xGMI where it joins all accelerators of a node; what all exchange goes by PCIe otherwise.
+
+    Where links are point to point (`nvlink_pair_bytes_per_s`), a group of two has one pair's share.
+    """
+    rate = a.nvlink_bytes_per_s
+    if rate and per_node == 2 and a.nvlink_pair_bytes_per_s:
+        rate = a.nvlink_pair_bytes_per_s
+    if rate and 1 < per_node <= (a.nvlink_domain or per_node):
         return Link(
             kind="nvlink",
-            bytes_per_s=a.nvlink_bytes_per_s,
+            bytes_per_s=rate,
             latency_s=_latency_s("nvlink"),
             source=a.sources.get("nvlink_bytes_per_s", "catalog"),
         )
@@ -47,8 +53,14 @@ def _intra_link(a: Accelerator, per_node: int) -> Link:
 
 def _inter_link(gbps: float | None, per_node: int, nodes: int, source: str) -> Link | None:
     """A rank's share of the node's network, `gbps` gigabits a second for the node."""
-    if nodes == 1 or gbps is None:
+    if nodes == 1:
         return None
+    if gbps is None:
+        raise UsageError(
+            f"the network between {nodes} nodes is unknown, and so is what crosses it",
+            where="--hardware",
+            do="pass --inter-node-gbps, gigabits a second of one node (8 adapters of 400 Gb/s: 3200)",
+        )
     return Link(
         kind="network",
         bytes_per_s=gbps * 1e9 / 8 / per_node,
@@ -62,7 +74,8 @@ def _usable(a: Accelerator) -> tuple[int, tuple[str, ...]]:
         return a.usable_bytes, ()
     if a.memory_bytes is not None:
         return a.memory_bytes, (f"usable memory of {a.name} is unknown: the marketed size is taken",)
-    raise UsageError(f"the catalog does not know how much memory {a.name} has")
+    do = "use --hardware probe" if a.kind == "cpu" else "describe the machine in a cluster file"
+    raise UsageError(f"the catalog does not know how much memory {a.name} has", do=do)
 
 
 def _from_catalog(match: re.Match[str], gbps: float | None, price: float | None) -> Cluster:

@@ -20,7 +20,11 @@ BYTE_SUFFIX = {
 }  # fmt: skip
 SECOND_SUFFIX = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
-_NUMBER = re.compile(r"^\s*([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%/]*\d?)\s*$", re.I)
+_NUMBER = re.compile(
+    r"^\s*([+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d[\d_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%/]*\d?[a-z]*)\s*$",
+    re.I,
+)
+"""Commas only between groups of three: `1,5B` is refused, not read as fifteen."""
 
 
 def split_number(text: str, *, where: str = "") -> tuple[float, str]:
@@ -41,7 +45,10 @@ def _parse(text: str, suffixes: dict[str, float], what: str, where: str) -> floa
         raise UsageError(f"{text!r}: {unit!r} is not a unit of {what}", where=where, do=f"use {known}")
     if value < 0:
         raise UsageError(f"{text!r}: {what} cannot be negative", where=where)
-    return value * suffixes[unit]
+    scaled = value * suffixes[unit]
+    if not math.isfinite(scaled):
+        raise UsageError(f"{text!r} is not a finite number", where=where)
+    return scaled
 
 
 def parse_count(text: str | float, *, where: str = "") -> int:
@@ -86,8 +93,9 @@ def format_seconds(value_s: float) -> str:
 def format_count(value: float) -> str:
     """`8030261248` → `"8.03B"`."""
     for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{name}"
+        if abs(value) >= 0.9995 * size:
+            scaled = value / size
+            return f"{scaled:,.0f}{name}" if abs(scaled) >= 999.5 else f"{scaled:.3g}{name}"
     return f"{value:.3g}"
 
 

@@ -56,8 +56,9 @@ class Meter:
         self.started_s = started_s
         self.earlier_s = earlier_s
         self._clock = clock
-        limits = [(_seconds(b, price_usd_per_h, accelerators), b) for b in budgets]
-        self.limit_s, self.binding = min(limits, key=lambda x: x[0]) if limits else (None, None)
+        limits = {_seconds(b, price_usd_per_h, accelerators): b for b in budgets}
+        self.limit_s: float | None = min(limits, default=None)
+        self.binding: Budget | None = None if self.limit_s is None else limits[self.limit_s]
 
     @classmethod
     def of_cluster(
@@ -107,17 +108,23 @@ class Meter:
             return
         needed_s = self.spent().wall_s + startup_s + SHUTDOWN_S
         raise NotFeasible(
-            f"the budget of {self.binding} is too small to train anything",
+            f"the budget of {self.limit_text()} is too small to train anything",
             why=f"{format_seconds(max(0.0, remaining_s))} of it are left; starting and ending "
             f"takes at least {format_seconds(startup_s + SHUTDOWN_S)} ({source})",
             do=f"raise it above {self._in_words(needed_s)}, and add the time to train in",
         )
 
+    def limit_text(self) -> str:
+        """The budget that ends first, for a person."""
+        return "none" if self.limit_s is None else self._in_words(self.limit_s)
+
     def _in_words(self, wall_s: float) -> str:
-        if self.binding is not None and self.binding.kind == "money" and self.price_usd_per_h:
+        """So much of what the binding budget counts."""
+        kind = None if self.binding is None else self.binding.kind
+        if kind == "money" and self.price_usd_per_h is not None:
             return format_usd(self.price_usd_per_h * wall_s / 3600)
-        if self.binding is not None and self.binding.kind == "gpu_hours":
-            return f"{wall_s / 3600 * self.accelerators:.4f} GPU-hours"
+        if kind == "gpu_hours":
+            return f"{wall_s / 3600 * self.accelerators:.4g} GPU-hours"
         return format_seconds(wall_s)
 
 

@@ -54,7 +54,9 @@ class MemoryReading:
     """In use on the whole GPU after the steps, by NVML: other processes included."""
 
 
-def run_memory_probe(plan: Plan, steps: int = 3, *, timeout_s: float = 900.0) -> list[MemoryReading]:
+def run_memory_probe(
+    plan: Plan, steps: int = 3, *, timeout_s: float = 900.0
+) -> list[MemoryReading]:
     """Start ranks of their own, build the plan's engine, take `steps` steps; one reading a rank."""
     with tempfile.TemporaryDirectory(prefix="outlay-memory-") as name:
         folder = RunFolder(Path(name))

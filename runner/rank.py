@@ -82,7 +82,9 @@ def _train(folder: RunFolder, checkpoint: Path | None, stop: processes.StopReque
     )
     if checkpoint is not None:
         # the supervisor has just checked the hashes; without one the ranks do
-        load = engine.load if processes.SUPERVISOR in os.environ else partial(load_checkpoint, engine)
+        load = (
+            engine.load if processes.SUPERVISOR in os.environ else partial(load_checkpoint, engine)
+        )
         trainer.restore(load(checkpoint), str(checkpoint))
     log.write("rank_ready", trainer.step, rank=info.rank)
     code = trainer.run()

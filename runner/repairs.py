@@ -69,17 +69,25 @@ def forget_first_step(engine: Any) -> None:
 def release(engine: Any | None) -> None:
     """Free what an engine holds, so that another can be built in the same process.
 
-    `destroy` leaves ZeRO-3's replacement of `torch.nn.functional.linear`, the process groups, and
-    the grid of the last pipeline, which the next engine would take for its own. `engine` null: one
-    whose building failed half-way.
+    `destroy` leaves ZeRO-3's replacement of `torch.nn.functional.linear`, the process groups, the
+    grid of the last pipeline, which the next engine would take for its own, and two module-level
+    references to a ZeRO-3 model. `engine` null: one whose building failed half-way.
     """
     from deepspeed.runtime.pipe import p2p
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups
     from torch.distributed import distributed_c10d
 
     if engine is not None:
         engine.destroy()
     functional.linear = _LINEAR
+    parameter_offload.FWD_MODULE_STACK.clear()
+    # A cached method, so the cache holds the coordinator and its model.
+    cached = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cell in cached.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
     world = distributed_c10d._get_default_group()
     for group in list(distributed_c10d._world.pg_map):
         if group is not world:

@@ -61,22 +61,24 @@ class Supervisor:
 
     def watch(self, ranks: Ranks, signals: Signals) -> None:
         """Returns when every rank has ended."""
-        terminated = False
+        asked = terminated = False
         kill_at_s: float | None = None
         while ranks.poll():
             self._look()
-            if signals.stop and not terminated:
-                terminated = True
+            if signals.stop and not asked:
+                asked = True
                 self._log.write("warning", message="asked to stop: finishing the step and saving")
+            if asked and not terminated and self._all_ready():
+                # earlier a rank might not have its handler yet, and would die of the signal
+                terminated = True
                 ranks.terminate()
             if kill_at_s is None and (grace_s := self._grace_s(ranks)) is not None:
                 kill_at_s = time.monotonic() + grace_s
+                if not self._folder.outcome.exists():
+                    ranks.terminate()
             if self._must_kill(signals, kill_at_s):
                 ranks.kill()
                 ranks.wait(EXIT_GRACE_S)
-            elif kill_at_s is not None and not self._folder.outcome.exists() and not terminated:
-                terminated = True
-                ranks.terminate()
             time.sleep(POLL_S)
         self._look()
 
@@ -99,8 +101,11 @@ class Supervisor:
             seen.saved_step, seen.checkpoint = step, str(data["path"])
         elif kind == "rank_ready":
             seen.ready.add(int(str(data["rank"])))
-            if len(seen.ready) == self._plan.strategy.world:
+            if self._all_ready():
                 self.beat(ready_s=self._meter.elapsed_s())
+
+    def _all_ready(self) -> bool:
+        return len(self._seen.ready) == self._plan.strategy.world
 
     def beat(self, *, ended: bool = False, ready_s: float | None = None) -> None:
         """Note the time used, so that it counts whatever happens next."""
@@ -124,7 +129,7 @@ class Supervisor:
         if signals.kill:
             self._ended_by = "killed by a second Ctrl-C"
         elif remaining_s is not None and remaining_s <= CUT_OFF_S:
-            self._ended_by = f"the budget of {self._meter.binding} ran out before the end"
+            self._ended_by = f"the budget of {self._meter.limit_text()} ran out before the end"
         else:
             return kill_at_s is not None and time.monotonic() >= kill_at_s
         return True

@@ -17,12 +17,12 @@ PLAIN_EVERY_S = 10.0
 
 
 class Scalars:
-    """TensorBoard files, written by rank 0."""
+    """TensorBoard files, written by rank 0. Steps that a resume does again replace the old ones."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=str(folder))
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=first_step)
 
     def add(self, group: str, step: int, **values: float | None) -> None:
         """One point for each value that there is, under `group/name`."""
@@ -170,7 +170,7 @@ class Pace:
         return f"spent {spent.wall_s:.0f}/{budget.amount * 3600:.0f} s"
 
     def eta(self) -> str:
-        if self._step_s is None:
+        if self._step_s is None or self._step >= self._steps:
             return ""
         left_s = (self._steps - self._step) * self._step_s
         budget_s = self._meter.remaining_s()

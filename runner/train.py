@@ -104,7 +104,7 @@ class Trainer:
         self.checkpoint: str | None = None
         self.loss: float | None = None
         self.step_times_s: list[float] = []
-        self.scalars = Scalars(folder.tensorboard) if self.lead else None
+        self.scalars: Scalars | None = None
         grid = {
             "dp_size": engine.dp_size,
             "micro_batch": self.strategy.micro_batch,
@@ -138,6 +138,8 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the run and write its outcome; returns the exit code."""
+        if self.lead:
+            self.scalars = Scalars(self.folder.tensorboard, first_step=self.step + 1)
         while True:
             orders = self._orders()
             if orders.signalled:
@@ -151,7 +153,7 @@ class Trainer:
             if self.step >= self.job.steps:
                 return self._finish("done", f"all {self.job.steps} steps done")
             if orders.over_budget:
-                return self._finish("budget", f"the budget of {self.meter.binding} is used up")
+                return self._finish("budget", f"the budget of {self.meter.limit_text()} is used up")
             self._train_step()
 
     def _orders(self) -> Orders:
@@ -257,7 +259,8 @@ class Trainer:
 
     def _guess_export(self, save_s: float, save_bytes: int) -> None:
         """All ranks wrote the checkpoint; one writes the export, with at most 4 bytes a weight."""
-        share = 4 * self.plan.model.parameters * self.info.world / max(1, save_bytes)
+        weights_share = min(1.0, 4 * self.plan.model.parameters / max(1, save_bytes))
+        share = weights_share * self.info.world
         self.bounds.export.guess(1.5 * save_s * share + 0.5)
 
     def _data_identity(self) -> dict[str, Any]:
@@ -328,7 +331,7 @@ class Trainer:
     def _export(self) -> str:
         began_s = time.monotonic()
         weights = self.engine.gather_state_dict()
-        if self.lead:
+        if weights is not None:
             export_safetensors(weights, self.plan, self.folder.export, self.dataset.tokenizer_path)
             took_s = time.monotonic() - began_s
             self.log.write("export", self.step, path=str(self.folder.export), export_s=took_s)

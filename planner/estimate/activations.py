@@ -1,29 +1,71 @@
 """What autograd keeps of one block for the backward pass, tensor by tensor.
 
 Each function lists the tensors that the operators of one sub-layer save, in bytes a token, as the
-implementation writes them. Two implementations are told apart by `kernels`:
+implementation writes them. `kernels` tells implementations apart:
 
 - `hf`: transformers' modules as they stand: RMSNorm upcasts to fp32 and is written out in four
-  operators, rotary embeddings and SwiGLU are unfused.
+  operators, rotary embeddings and SwiGLU are unfused. tests/planner/test_activations.py compares
+  them with what torch really saves.
 - `fused`: Megatron's and Transformer Engine's fused norms, SwiGLU/GeLU and rotary kernels, which
   save their inputs only (Korthikanti et al. 2022, arXiv 2205.05198, section 4: the 34·s·b·h of a
   GPT block with dropout, of which 2·5·a·s²·b in attention when it is not recomputed).
+- `compiled`: torch.compile, whose partitioner recomputes what is pointwise from what is kept.
 
 `width` is the size of one element in bytes (2 in mixed precision, 4 in fp32).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
+from outlay.planner.estimate.kernels import (
+    GELU_TENSORS,
+    PARTIAL_ROTARY,
+    SOFTMAX_IN_WIDTH,
+    fp32_norm,
+)
+from outlay.planner.spec.job import Finetune
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
 
-_MASK_BYTES = 1
-"""A dropout mask is one byte an element."""
+Split = Literal["tp", "sequence", "routed", "scores"]
+"""How a tensor divides among ranks: `tp` and `routed` by tp (heads, MLP width), `sequence` only under
+sequence parallelism (norms and residual stream). `routed` also grows with the imbalance of experts,
+`scores` with the number of keys."""
 
-_PLAIN_ACTIVATION_TENSORS = {"gelu_new": 5, "gelu_fast": 5, "gelu_pytorch_tanh": 1, "gelu": 1, "relu": 1, "relu2": 2, "silu": 1}
-"""ffn-wide tensors that an ungated activation saves besides the product's input: `gelu_new` is
-written out in Python (x, tanh, 0.5·x, 1+tanh, x³ term), the others are one operator."""
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a block is run, as far as it changes what is saved."""
+
+    width: int
+    kernels: str
+    """hf | fused | compiled."""
+    attention: str
+    """eager | sdpa | flash: the two last save no scores."""
+    mask_bytes: int = 1
+    """Of one element of a dropout mask: 1 on a GPU, the width on a CPU (torch's fallback)."""
+    finetune: Finetune | None = None
+    """Adapters over frozen weights; null = every weight is trained."""
+    quant_saves_input: bool = False
+    """A 4-bit linear layer keeps its input though its weight is frozen (bitsandbytes before 0.42)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """One saved tensor: bytes a token (`scores`: a token a key)."""
+
+    name: str
+    size_bytes: float
+    split: Split
+    for_weight: bool = False
+    """Needed for a weight's gradient only: not saved where that weight is frozen."""
+    linear_input: bool = False
+    per_op: bool = False
+    """Kept by per-operator selective checkpointing (torchtitan's list: every other matrix multiply,
+    the attention product), which recomputes all else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,87 +76,215 @@ class SavedPerToken:
     """Divide by tp: heads and MLP width."""
     replicated: float
     """Norms and residual stream: whole on each tp rank, divided only under sequence parallelism."""
+    routed: float
+    """Inside routed experts: divide by tp, grow with imbalance."""
     scores: float
     """Bytes a token *a key*: what eager attention keeps of the score matrix; divides by tp."""
     block_input: float
     """What stays of the block under full checkpointing; replicated."""
+    per_op_sharded: float
+    per_op_replicated: float
+    """What per-operator selective checkpointing keeps."""
     transient: float
     """Alive only while this block's backward runs, besides what was saved; divides by tp."""
 
 
-def norm_saved(spec: ModelSpec, width: int, kernels: str) -> float:
-    """Input (in fp32 where an unfused RMSNorm upcasts) and, unfused, the normed value before the weight."""
-    if spec.norm == "layernorm" or kernels != "hf":
-        return spec.hidden * width + 8.0
-    return spec.hidden * (4.0 + width) + 4.0
+def norm_tensors(spec: ModelSpec, ex: Execution, *, shared_input: bool = False) -> Iterator[Saved]:
+    """Input (in fp32 where the module upcasts) and, unfused, the normed value before the weight.
 
-
-def attention_saved(spec: ModelSpec, a: Attention, width: int, attention: str) -> tuple[float, float]:
-    """(bytes a token, bytes a token a key) of projections and the attention product.
-
-    Saved: the normed input of q, k, v (counted in `replicated` by the caller), rotated q and k, v,
-    the output (input of the o projection, the same storage), log-sum-exp. Eager attention keeps
-    the softmax in fp32, its cast where the width is 2, and repeats k and v to all heads.
+    `shared_input`: another norm of the block already saved the same storage.
     """
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    if attention == "eager":
-        scores = a.heads * (4.0 if width == 4 else 4.0 + width)
-        if a.dropout > 0:
-            scores += a.heads * (width + _MASK_BYTES)
-        return width * (q + 2.0 * q + q), scores
-    return width * (q + 2.0 * kv + q) + 4.0 * a.heads, 0.0
+    h, w = spec.hidden, ex.width
+    upcast = fp32_norm(spec.family, spec.norm) if ex.kernels == "hf" else None
+    if upcast is None:
+        if not shared_input:
+            yield Saved(name="norm input", size_bytes=w * h, split="sequence")
+        yield Saved(name="norm statistics", size_bytes=2.0 * w, split="sequence")
+        return
+    yield Saved(name="norm input, fp32", size_bytes=4.0 * h, split="sequence")
+    yield Saved(name="norm statistics", size_bytes=4.0, split="sequence")
+    if upcast.normed_bytes is not None:
+        size = upcast.normed_bytes or w
+        yield Saved(name="normed", size_bytes=size * h, split="sequence", for_weight=True)
 
 
-def mlp_saved(mlp: Mlp, width: int, kernels: str) -> float:
-    """Gate, up, activation and product of a gated MLP (4 tensors; fused: gate, up, product);
-    input and output of the activation of a plain one. A routed token visits top_k experts."""
-    if mlp.gated:
-        tensors = 4.0 if kernels == "hf" else 3.0
+def _scores(spec: ModelSpec, a: Attention, ex: Execution) -> Iterator[Saved]:
+    """Eager attention: softmax (fp32 and its cast where the module upcasts), dropout's mask and result."""
+    w, in_width = ex.width, ex.kernels != "hf" or spec.family in SOFTMAX_IN_WIDTH
+    size = w if in_width or w == 4 else 4.0 + w
+    if a.dropout > 0:
+        size += w + ex.mask_bytes
+    yield Saved(name="scores", size_bytes=a.heads * size, split="scores")
+
+
+def attention_tensors(spec: ModelSpec, a: Attention, ex: Execution) -> Iterator[Saved]:
+    """Rotated q and k, v, the output (the input of the o projection, the same storage), log-sum-exp.
+
+    Eager attention repeats k and v to all heads and copies the output. Where q, k and v come from
+    one matrix, v is a view that keeps all three alive after q and k were rotated into new tensors.
+    """
+    w, eager = ex.width, ex.attention == "eager"
+    q, k, v, out = a.q_width, a.k_width, a.v_width, a.out_width
+    if eager and a.heads != a.kv_heads and spec.family not in SOFTMAX_IN_WIDTH:
+        k, v = a.q_width, a.out_width
+    elif not eager and ex.kernels == "hf" and a.fused_qkv and spec.positions == "rotary":
+        v = q + k + v
+    if a.qk_norm_parameters and ex.kernels == "hf":
+        statistics = 4.0 * (a.heads + a.kv_heads)
+        size = (4.0 + w) * (a.q_width + a.k_width) + statistics
+        yield Saved(name="q and k before their norm", size_bytes=size, split="tp")
+    if a.kv_rank:
+        size = w * (2.0 * (a.kv_rank + a.q_rank) + a.rope_head_dim)
+        yield Saved(name="compressed q and kv", size_bytes=size, split="sequence")
+    yield Saved(name="q", size_bytes=w * q, split="tp", per_op=True)
+    yield Saved(name="k", size_bytes=w * k, split="tp")
+    yield Saved(name="v", size_bytes=w * v, split="tp", per_op=True)
+    if eager:
+        yield Saved(name="o input", size_bytes=w * out, split="tp", for_weight=True)
+        yield from _scores(spec, a, ex)
+        return
+    yield Saved(name="attention output", size_bytes=w * out, split="tp", per_op=True)
+    yield Saved(name="log-sum-exp", size_bytes=4.0 * a.heads, split="tp")
+    if ex.kernels == "hf" and spec.family in PARTIAL_ROTARY:
+        # q is a concatenation, so the output is laid out head by head and must be copied.
+        yield Saved(name="o input", size_bytes=w * out, split="tp", for_weight=True)
+
+
+def mlp_tensors(mlp: Mlp, hidden: int, ex: Execution) -> Iterator[Saved]:
+    """Gate, up, activation and product of a gated MLP; input and output of a plain one's activation."""
+    w = ex.width
+    if mlp.experts:
+        yield from _ffn_tensors(mlp, mlp.ffn * mlp.top_k, ex, "routed")
+        for name in ("routed input", "expert output"):
+            yield Saved(name=name, size_bytes=w * mlp.top_k * hidden, split="sequence")
+        yield Saved(name="router", size_bytes=4.0 * mlp.experts + 28.0 * mlp.top_k, split="sequence")
+        if mlp.shared_ffn:
+            yield from _ffn_tensors(mlp, mlp.shared_ffn, ex, "tp")
     else:
-        inner = _PLAIN_ACTIVATION_TENSORS.get(mlp.activation, 1) if kernels == "hf" else 1
-        tensors = 1.0 + inner
-    widths = mlp.ffn * mlp.top_k + mlp.shared_ffn if mlp.experts else mlp.ffn
-    return tensors * widths * width
+        yield from _ffn_tensors(mlp, mlp.ffn, ex, "tp")
 
 
-def block_saved(
-    spec: ModelSpec, block: Block, *, width: int, kernels: str, attention: str
-) -> SavedPerToken:
-    """All that one block keeps, for one token."""
-    h = spec.hidden
-    sharded, scores = attention_saved(spec, block.attention, width, attention)
-    sharded += mlp_saved(block.mlp, width, kernels)
-    inputs = 1.0 if block.parallel_residual and block.norms == 1 else 2.0
-    replicated = block.norms * norm_saved(spec, width, kernels) + inputs * h * width
-    if block.mlp.experts:
-        replicated += block.mlp.top_k * h * width
+def _ffn_tensors(mlp: Mlp, ffn: int, ex: Execution, split: Split) -> Iterator[Saved]:
+    one = float(ex.width * ffn)
+    if mlp.gated:
+        yield Saved(name="gate", size_bytes=one, split=split, per_op=True)
+        yield Saved(name="up", size_bytes=one, split=split)
+        if ex.kernels == "hf":
+            # gelu written out in Python keeps more than its input.
+            inner = GELU_TENSORS.get(mlp.activation, 2) - 1
+            yield Saved(name="activation", size_bytes=inner * one, split=split)
+        if ex.kernels != "compiled":
+            yield Saved(name="product", size_bytes=one, split=split, for_weight=True, linear_input=True)
+        return
+    inner = GELU_TENSORS.get(mlp.activation, 2) - 1 if ex.kernels == "hf" else 1
+    yield Saved(name="activation", size_bytes=inner * one, split=split, per_op=True)
+    yield Saved(
+        name="down input", size_bytes=one, split=split, linear_input=True,
+        for_weight=mlp.activation not in ("relu", "relu2"),
+    )  # fmt: skip
+
+
+def adapter_tensors(spec: ModelSpec, block: Block, ex: Execution) -> Iterator[Saved]:
+    """What trainable adapters over frozen weights save besides.
+
+    LoRA on q and v: dropout's mask and result, which is the input of A; where q, k and v are one
+    matrix, the update is padded to the whole width and kept (litgpt's LoRAQKVLinear). `adapter`
+    (arXiv 2303.16199): the output of its prefix attention. `adapter_v2` (arXiv 2304.15010) scales
+    the output of every linear layer and keeps it.
+    """
+    f, a, w, h = ex.finetune, block.attention, ex.width, spec.hidden
+    if f is None:
+        return
+    if f.method == "lora":
+        reads = (ex.mask_bytes + w) * h if f.dropout else w * h
+        yield Saved(name="adapter input", size_bytes=reads, split="sequence")
+        if a.fused_qkv:
+            size = w * (a.q_width + a.k_width + a.v_width)
+            yield Saved(name="padded update", size_bytes=size, split="tp")
+        return
+    yield Saved(name="prefix attention", size_bytes=w * a.out_width, split="tp")
+    if f.method == "adapter_v2":
+        up = 2 if block.mlp.gated else 1
+        outputs = a.q_width + a.k_width + a.v_width + 2 * h + up * block.mlp.ffn
+        yield Saved(name="outputs to scale", size_bytes=w * outputs, split="tp")
+
+
+def block_tensors(spec: ModelSpec, block: Block, ex: Execution) -> Iterator[Saved]:
+    """Every tensor that one block saves."""
+    h, w = spec.hidden, ex.width
+    for i in range(block.norms):
+        yield from norm_tensors(spec, ex, shared_input=block.parallel_residual and i > 0)
+    attentions = [block.attention, *filter(None, [block.cross_attention])]
+    for a in attentions:
+        yield from attention_tensors(spec, a, ex)
+    if ex.kernels != "compiled":
+        inputs = len(attentions) + (not (block.parallel_residual and block.norms == 1))
+        yield Saved(
+            name="linear inputs", size_bytes=inputs * h * w, split="sequence",
+            for_weight=True, linear_input=True,
+        )  # fmt: skip
+    yield from mlp_tensors(block.mlp, h, ex)
     if spec.residual_dropout > 0:
-        replicated += 2.0 * h * _MASK_BYTES
-    q = block.attention.heads * block.attention.head_dim
-    ffn = block.mlp.ffn * max(1, block.mlp.top_k)
-    transient = width * max((3.0 if block.mlp.gated else 2.0) * ffn, 4.0 * q)
+        masks = (1.0 + len(attentions)) * h * ex.mask_bytes
+        yield Saved(name="dropout masks", size_bytes=masks, split="sequence")
+    yield from adapter_tensors(spec, block, ex)
+
+
+def _is_saved(tensor: Saved, ex: Execution) -> bool:
+    if ex.finetune is None or not tensor.for_weight:
+        return True
+    return ex.quant_saves_input and ex.finetune.quant != "none" and tensor.linear_input
+
+
+@lru_cache(maxsize=4096)
+def block_saved(spec: ModelSpec, block: Block, ex: Execution) -> SavedPerToken:
+    """All that one block keeps, for one token."""
+    kept = [t for t in block_tensors(spec, block, ex) if _is_saved(t, ex)]
+
+    def total(*splits: Split, per_op: bool = False) -> float:
+        return sum(t.size_bytes for t in kept if t.split in splits and (t.per_op or not per_op))
+
+    a, mlp, w = block.attention, block.mlp, ex.width
+    ffn = mlp.ffn * max(1, mlp.top_k) + mlp.shared_ffn
     return SavedPerToken(
-        sharded=sharded,
-        replicated=replicated,
-        scores=scores,
-        block_input=h * width,
-        transient=transient,
+        sharded=total("tp"),
+        replicated=total("sequence"),
+        routed=total("routed"),
+        scores=total("scores"),
+        block_input=float(spec.hidden * w),
+        per_op_sharded=total("tp", "routed", per_op=True),
+        per_op_replicated=2.0 * spec.hidden * w,
+        transient=float(w * max((3 if mlp.gated else 2) * ffn, 4 * a.q_width)),
     )
 
 
-def logits_bytes_per_token(spec: ModelSpec, width: int, *, loss: str, chunks: int = 8) -> tuple[float, float]:
+_LOSS_COPIES = {
+    # software's loss → (bytes kept, bytes at the peak) a vocabulary entry, 16-bit logits, fp32 logits
+    # transformers: 16-bit logits (held by the output), fp32 copy, fp32 log-softmax; then two fp32 gradients.
+    "hf": ((6.0, 14.0), (8.0, 16.0)),
+    # Megatron's vocabulary-parallel loss: softmax in fp32, overwritten by its gradient, cast to 16 bits.
+    "vocab_parallel": ((4.0, 6.0), (4.0, 8.0)),
+    # 16-bit throughout (litgpt): logits, log-softmax, one gradient.
+    "narrow": ((4.0, 6.0), (8.0, 12.0)),
+    # torch.compile over the loss: fp32 logits in and their gradient out, 16-bit gradient.
+    "compiled": ((4.0, 10.0), (4.0, 8.0)),
+}
+
+
+def logits_bytes_per_token(
+    spec: ModelSpec, width: int, *, loss: str, implementation: str = "hf", chunks: int = 8
+) -> tuple[float, float]:
     """(kept until backward, peak during the loss) of the vocabulary-wide tensors, a token.
 
-    plain, fp32: logits, log-softmax (kept), then the gradient of each in turn: peak 4 copies.
-    plain, 16-bit: 16-bit logits, fp32 copy, fp32 log-softmax, then two fp32 gradients and the
-    16-bit one. fused: the gradient overwrites the logits. chunked: one chunk of `chunks` at a time.
+    `loss` is the strategy's: plain (as `implementation` writes it), fused (the gradient overwrites the
+    logits), chunked (one chunk of `chunks` at a time).
     """
     if not spec.has_head:
         return 0.0, 0.0
     v = float(spec.vocab)
     if loss == "fused":
         return width * v, width * v
-    kept, peak = (8.0, 16.0) if width == 4 else (width + 4.0, width + 12.0)
+    kept, peak = _LOSS_COPIES[implementation][width == 4]
     if loss == "chunked":
         return 0.0, peak * v / chunks
     return kept * v, peak * v

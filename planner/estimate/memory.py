@@ -1,8 +1,9 @@
 """Peak memory of a rank: the maximum over the phases of a step of what is alive in each.
 
 Phases: `loss` (end of the forward pass, all saved activations and the logits), `backward` (first
-block's backward, then the last, with the gradients complete), `step` (optimizer). A pipeline is
-looked at on its first, heaviest middle and last stage; the peak is the largest of the three.
+block's backward, then the last, with the gradients complete), `step` (optimizer), `load` (where it is
+known to exceed a step). A pipeline is looked at on its first, heaviest middle and last stage; the
+peak is the largest of the three.
 """
 
 from __future__ import annotations
@@ -12,13 +13,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outlay.planner.estimate.activations import block_saved, logits_bytes_per_token
+from outlay.planner.estimate.activations import (
+    Execution,
+    SavedPerToken,
+    block_saved,
+    logits_bytes_per_token,
+)
 from outlay.planner.estimate.candidates import LOSS, Array, Candidates
 from outlay.planner.estimate.parameters import largest_matrix, parameter_counts
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, heaviest_block, stage_loads
-from outlay.planner.estimate.states import States, state_bytes
-from outlay.planner.spec.job import Job
+from outlay.planner.estimate.states import (
+    QUANTIZED_BYTES,
+    Held,
+    States,
+    state_bytes,
+    width_of,
+)
+from outlay.planner.spec.job import Finetune, Job
 from outlay.planner.spec.model import ModelSpec
 
 PARTS = (
@@ -32,7 +44,7 @@ PARTS = (
     "runtime",
     "fragmentation",
 )
-PHASES = ("loss", "backward", "backward_end", "step")
+PHASES = ("loss", "backward", "backward_end", "step", "load")
 POSITIONS = ("first", "middle", "last")
 
 
@@ -79,66 +91,133 @@ class _Alive:
     workspace: Array
 
 
+def _in_flight(c: Candidates) -> Array:
+    """Micro-batches whose activations are alive at once on {first, middle, last}, [3, n], in units of
+    the stage's blocks.
+
+    1F1B: pp − rank (Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Interleaved: each of the
+    vpp chunks is a vpp-th of the stage, and 2·(pp − rank − 1) + (vpp − 1)·pp of them are warmed up
+    before the one at work (Megatron-LM, core/pipeline_parallel/schedules.py).
+    """
+    rank = np.stack([np.zeros_like(c.pp), np.minimum(1, c.pp - 1), c.pp - 1])
+    plain = np.minimum(c.pp - rank, c.grad_accum)
+    chunks = np.minimum(2 * (c.pp - rank - 1) + (c.vpp - 1) * c.pp + 1, c.grad_accum * c.vpp)
+    return np.where((c.vpp > 1) & (c.pp > 1), chunks / c.vpp, plain)
+
+
+def _per_block(
+    s: SavedPerToken, c: Candidates, tokens: Array, seq_len: int, software: Software, imbalance: float
+) -> tuple[Array, Array, Array]:
+    """(all that one block saves, what its checkpointing keeps, its backward's temporaries), [n] bytes."""
+    shared = np.where(c.sequence_parallel > 0, c.tp, 1)
+    routed = s.routed * imbalance
+    whole = tokens * (
+        (s.sharded + routed + s.scores * seq_len) / c.tp + s.replicated / shared
+    )
+    selective = whole - tokens * s.scores * seq_len / c.tp
+    if software.selective == "per_op":
+        selective = tokens * (s.per_op_sharded / c.tp + s.per_op_replicated / shared)
+        selective = np.minimum(selective, whole)
+    full = np.minimum(tokens * s.block_input / shared, whole)
+    mode = c.activation_checkpointing
+    kept = np.where(mode == 2, full, np.where(mode == 1, selective, whole))
+    return whole, kept, tokens * s.transient / c.tp
+
+
 def _activations(
-    spec: ModelSpec, job: Job, c: Candidates, loads: StageLoads, *, width: int, kernels: str
+    spec: ModelSpec,
+    job: Job,
+    c: Candidates,
+    loads: StageLoads,
+    ex: Execution,
+    software: Software,
+    imbalance: float,
 ) -> tuple[Array, Array]:
     """(saved by all micro-batches in flight, alive only in one block's backward), [3, n] bytes."""
     tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
-    replicated_ranks = np.where(c.sequence_parallel > 0, c.tp, 1)
-    in_flight = np.stack([
-        np.minimum(c.pp, c.grad_accum),
-        np.minimum(np.maximum(c.pp - 1, 1), c.grad_accum),
-        np.ones_like(c.pp),
-    ])  # fmt: skip
-    full, selective = c.activation_checkpointing == 2, c.activation_checkpointing == 1
     saved = np.zeros((3, len(c)))
     live = np.zeros((3, len(c)))
     for g, block in enumerate(spec.blocks):
-        s = block_saved(spec, block, width=width, kernels=kernels, attention=job.attention)
-        score = np.where(selective, 0.0, s.scores * job.seq_len)
-        whole = tokens * ((s.sharded + score) / c.tp + s.replicated / replicated_ranks)
-        kept_input = tokens * s.block_input / replicated_ranks
+        s = block_saved(spec, block, ex)
+        whole, kept, transient = _per_block(s, c, tokens, job.seq_len, software, imbalance)
         count = loads.block_counts[:, g]
-        recomputed = np.where(full, count, 0.0)
-        if np.any(c.recompute_layers >= 0):
-            per_stage = np.ceil(c.recompute_layers / c.pp)
-            recomputed = np.where(c.recompute_layers >= 0, np.minimum(count, per_stage), recomputed)
-        saved += recomputed * kept_input + (count - recomputed) * whole
-        one = tokens * s.transient / c.tp + np.where(recomputed > 0, whole, 0.0)
-        live = np.maximum(live, np.where(count > 0, one, 0.0))
-    edge = tokens * spec.hidden * width
-    saved = in_flight * (saved + np.where(c.pp > 1, 2 * edge, edge))
-    return saved, live
+        some = np.minimum(count, np.ceil(c.recompute_layers / c.pp))
+        recomputed = np.where(c.recompute_layers >= 0, some, count)
+        saved += recomputed * kept + (count - recomputed) * whole
+        live = np.maximum(live, np.where(count > 0, transient + (whole - kept), 0.0))
+    edge = tokens * spec.hidden * ex.width
+    return _in_flight(c) * (saved + np.where(c.pp > 1, 2 * edge, edge)), live
 
 
-def _logits(spec: ModelSpec, job: Job, c: Candidates, loads: StageLoads, width: int) -> tuple[Array, Array]:
-    """(kept until the backward starts, peak of the loss), [3, n] bytes."""
+def _logits(
+    spec: ModelSpec, job: Job, c: Candidates, loads: StageLoads, width: int, software: Software
+) -> Array:
+    """Peak of the vocabulary-wide tensors during the loss, [3, n] bytes."""
     tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
-    kept, peak = np.zeros(len(c)), np.zeros(len(c))
+    peak = np.zeros(len(c))
     for i, name in enumerate(LOSS):
-        k, p = logits_bytes_per_token(spec, width, loss=name)
-        kept, peak = np.where(c.loss == i, k, kept), np.where(c.loss == i, p, peak)
-    return loads.has_head * kept * tokens / c.tp, loads.has_head * peak * tokens / c.tp
+        if np.any(c.loss == i):
+            _, p = logits_bytes_per_token(spec, width, loss=name, implementation=software.loss)
+            peak = np.where(c.loss == i, p, peak)
+    return loads.has_head * peak * tokens / c.tp
 
 
 def _phases(
-    c: Candidates, states: States, saved: Array, live: Array, logits_peak: Array, head_grad: Array
+    c: Candidates, states: States, saved: Array, live: Array, logits: Array, head_grad: Array, work: Array
 ) -> tuple[_Alive, ...]:
-    """What is alive at the loss, the first and last block's backward, and the optimizer step."""
+    """What is alive at the loss, the first and last block's backward, the optimizer step, the load."""
     nothing = np.zeros_like(saved)
-    again = np.where(c.grad_accum > 1, states.gradients_held, 0.0)
+    again = np.where(c.grad_accum > 1, states.gradients_held, states.gradients_always)
     buffers = states.communication
+    gathered = states.gathered + work
+    load = np.maximum(states.load - states.parameters - states.optimizer_states, 0.0)
     return (
-        _Alive(gradients=again, activations=saved, logits=logits_peak,
-               communication=buffers, workspace=states.gathered),
+        _Alive(gradients=again, activations=saved, logits=logits,
+               communication=buffers, workspace=gathered),
         _Alive(gradients=np.maximum(again, np.minimum(states.gradients_held, head_grad)),
                activations=saved + live, logits=nothing,
-               communication=buffers, workspace=states.gathered),
+               communication=buffers, workspace=gathered),
         _Alive(gradients=states.gradients_held + states.gradients_new, activations=live,
-               logits=nothing, communication=buffers, workspace=states.gathered),
+               logits=nothing, communication=buffers, workspace=gathered),
         _Alive(gradients=states.gradients_held, activations=nothing, logits=nothing,
-               communication=nothing, workspace=states.step_temporary),
+               communication=nothing, workspace=states.step_temporary + work),
+        _Alive(gradients=nothing, activations=nothing, logits=nothing,
+               communication=nothing, workspace=np.where(states.load > 0, load, 0.0)),
     )  # fmt: skip
+
+
+def _held(spec: ModelSpec, job: Job, c: Candidates, loads: StageLoads, software: Software) -> Held:
+    """Weights of a rank before data parallelism, and how many of them are trained."""
+    counts = parameter_counts(spec)
+    block = counts.blocks[spec.blocks.index(heaviest_block(spec))]
+    root = loads.has_embedding * counts.embedding + loads.has_head * (counts.final + counts.head)
+    trainable, frozen = 1.0, None
+    if job.finetune is not None:
+        trainable = min(1.0, adapter_parameters(spec, job.finetune) / counts.total)
+        if job.finetune.quant != "none":
+            linear = sum(b.count * (p.total - p.norms) for b, p in zip(spec.blocks, counts.blocks, strict=True))
+            linear += counts.head * software.quantizes_head
+            low, width = QUANTIZED_BYTES[job.finetune.quant], width_of(job.precision)
+            frozen = (linear * low + (counts.total - linear) * width) / counts.total
+    return Held(
+        dense=loads.dense_parameters / c.tp,
+        experts=loads.expert_parameters / (c.tp * c.ep),
+        block=(block.total - block.experts) / c.tp + block.experts / (c.tp * c.ep),
+        root=root / c.tp,
+        largest_tensor=float(largest_matrix(spec)),
+        trainable=trainable,
+        frozen_bytes=frozen,
+    )
+
+
+def adapter_parameters(spec: ModelSpec, finetune: Finetune) -> float:
+    """Trained weights: LoRA's two factors on q and v of every block (arXiv 2106.09685), or at most as
+    many for the prefixes and scales of the others."""
+    total = 0
+    for block in spec.blocks:
+        a = block.attention
+        total += block.count * finetune.rank * (2 * spec.hidden + a.q_width + a.v_width)
+    return float(total)
 
 
 def estimate_memory(
@@ -152,29 +231,42 @@ def estimate_memory(
 ) -> Memory:
     """Peak memory of the heaviest rank.
 
-    `figures` gives `memory.runtime_bytes` (context, libraries), `memory.runtime_bytes_per_rank_group`
-    (a communicator) and `memory.fragmentation_fraction` of the allocated peak.
+    `figures` gives `memory.workspace_bytes` (matrix multiply's, allocated by torch),
+    `memory.runtime_bytes` (context, libraries), `memory.runtime_bytes_per_group` (a communicator),
+    `memory.fragmentation_fraction` of the allocated peak and `memory.expert_imbalance`.
     """
     loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
-    width = 4 if job.precision in ("fp32", "tf32") else 2
-    on_rank = loads.dense_parameters / c.tp + loads.expert_parameters / (c.tp * c.ep)
-    heaviest = heaviest_block(spec)
-    counts = parameter_counts(spec)
-    block = counts.blocks[spec.blocks.index(heaviest)].total
+    width = width_of(job.precision)
+    ex = Execution(
+        width=width,
+        kernels=software.kernels,
+        attention=job.attention,
+        mask_bytes=software.mask_bytes or width,
+        finetune=job.finetune,
+        quant_saves_input=software.quant_saves_input,
+    )
+    held = _held(spec, job, c, loads, software)
     states = state_bytes(
-        on_rank, c,
-        precision=job.precision,
-        optimizer=_optimizer_key(job),
-        bucket=bucket,
-        largest_tensor=float(largest_matrix(spec)),
-        block_parameters=block / c.tp,
-        offload_to_host=c.offload_optimizer > 0,
-    )  # fmt: skip
-    saved, live = _activations(spec, job, c, loads, width=width, kernels=software.kernels)
-    _, logits_peak = _logits(spec, job, c, loads, width)
-    head_grad = width * float(spec.vocab * spec.hidden) / c.tp * loads.has_head
-    phases = _phases(c, states, saved, live, logits_peak, head_grad)
+        held, c, software=software, precision=job.precision, optimizer=_optimizer_key(job), bucket=bucket
+    )
+    saved, live = _activations(spec, job, c, loads, ex, software, figures["memory.expert_imbalance"])
+    logits = _logits(spec, job, c, loads, width, software)
+    head_grad = held.trainable * width * float(spec.vocab * spec.hidden) / c.tp * loads.has_head
+    work = figures["memory.workspace_bytes"]
+    if held.frozen_bytes is not None:
+        work = work + width * held.largest_tensor
+    phases = _phases(c, states, saved, live, logits, head_grad, np.full(saved.shape, work))
+    return _peak(c, loads, states, phases, figures)
 
+
+def _peak(
+    c: Candidates,
+    loads: StageLoads,
+    states: States,
+    phases: tuple[_Alive, ...],
+    figures: Mapping[str, float],
+) -> Memory:
+    """The largest phase on the heaviest position, with what torch does not count on top."""
     fixed = states.parameters + states.optimizer_states
     totals = np.stack([
         fixed + p.gradients + p.activations + p.logits + p.communication + p.workspace for p in phases

@@ -59,7 +59,9 @@ class BlockTime:
     recompute: Array
     """Full recomputation: the forward pass again."""
     core: Array
-    """Selective recomputation: the attention core again."""
+    """Selective recomputation as Megatron does it: the attention core again."""
+    selective: Array
+    """As torch's per-operator policy does it: all but attention and every second product again."""
     host_forward: Array
     host_backward: Array
 
@@ -227,6 +229,7 @@ def block_s(
         backward=linear_backward + core_backward + back * light,
         recompute=forward,
         core=core_forward,
+        selective=0.5 * linear_forward + light,
         host_forward=host,
         host_backward=host * figures["compute.backward_start_factor"],
     )

@@ -7,7 +7,7 @@ person can ask what another trainer would need.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +31,31 @@ class Software:
     of six, rotary embedding 14, projections and reshapes 20, MLP 5, residuals; torch.profiler)."""
     gradient_bytes: int | None = None
     """Of one gradient when it is reduced; null = the width of the weights."""
+    master: bool = True
+    """Weights and moments in fp32 beside 16-bit compute; else all is in the width (bf16-true)."""
+    loss: str = "hf"
+    """How the plain loss is written: hf | vocab_parallel | narrow | compiled."""
+    selective: str = "attention"
+    """What selective checkpointing recomputes: the core of `attention` (Megatron), or all but what
+    torchtitan's list keeps of each operation (`per_op`)."""
+    mask_bytes: int = 1
+    """Of one element of a dropout mask; 0 = the width of the values (torch on a CPU)."""
+    quant_saves_input: bool = False
+    """A 4-bit linear layer keeps its input though its weight is frozen."""
+    quantizes_head: bool = False
+    """Quantization of linear layers includes the vocabulary projection."""
 
 
 DEEPSPEED = Software(family="deepspeed", kernels="hf", uniform_stages=False, dropout=False, overlap=0.0, start_hidden=True)
-MEGATRON = Software(family="megatron", kernels="fused", uniform_stages=True, dropout=True, overlap=1.0, start_hidden=True, block_operators=30, gradient_bytes=4)
-MEGATRON_DEEPSPEED = Software(family="megatron", kernels="fused", uniform_stages=True, dropout=True, overlap=0.0, start_hidden=True, block_operators=40)
+MEGATRON = Software(family="megatron", kernels="fused", uniform_stages=True, dropout=True, overlap=1.0, start_hidden=True, block_operators=30, gradient_bytes=4, loss="vocab_parallel")
+MEGATRON_DEEPSPEED = Software(family="megatron", kernels="fused", uniform_stages=True, dropout=True, overlap=0.0, start_hidden=True, block_operators=40, loss="vocab_parallel")
 FSDP = Software(family="fsdp", kernels="hf", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True)
-FSDP_COMPILED = Software(family="fsdp", kernels="compiled", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True, block_operators=20, gradient_bytes=4)
+FSDP_COMPILED = Software(family="fsdp", kernels="compiled", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True, block_operators=20, gradient_bytes=4, loss="compiled", selective="per_op")
 DDP = Software(family="ddp", kernels="fused", uniform_stages=True, dropout=True, overlap=1.0, start_hidden=True, block_operators=30)
-SINGLE = Software(family="single", kernels="hf", uniform_stages=True, dropout=False, overlap=0.0, start_hidden=True)
-CPU_DEEPSPEED = Software(family="deepspeed", kernels="hf", uniform_stages=False, dropout=False, overlap=0.0, start_hidden=False)
+SINGLE = Software(family="single", kernels="hf", uniform_stages=True, dropout=False, overlap=0.0, start_hidden=True, master=False)
+LITGPT = replace(SINGLE, loss="narrow", quant_saves_input=True, quantizes_head=True)
+LITGPT_FSDP = replace(FSDP, master=False, loss="narrow")
+CPU_DEEPSPEED = Software(family="deepspeed", kernels="hf", uniform_stages=False, dropout=False, overlap=0.0, start_hidden=False, mask_bytes=0)
 
 
 def software_of(framework: str) -> Software:
@@ -50,6 +65,8 @@ def software_of(framework: str) -> Software:
     `fsdp*`, `deepspeed*` and `hf-*`, `*ddp`, `litgpt*`, `torchtune`.
     """
     name = framework.strip().lower()
+    if name.startswith("litgpt"):
+        return LITGPT_FSDP if "fsdp" in name else LITGPT
     if "fsdp2" in name:
         return FSDP_COMPILED
     if "fsdp" in name:
@@ -58,6 +75,6 @@ def software_of(framework: str) -> Software:
         return MEGATRON_DEEPSPEED if "deepspeed" in name else MEGATRON
     if name.endswith("ddp"):
         return DDP
-    if name.startswith(("litgpt", "torchtune")):
+    if name.startswith("torchtune"):
         return SINGLE
     return DEEPSPEED

@@ -1,8 +1,8 @@
-"""Weights, gradients and optimizer states of one rank, as DeepSpeed 0.19.8 allocates them.
+"""Weights, gradients and optimizer states of one rank, as each family of software allocates them.
 
-Evidence is DeepSpeed's source (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, `stage3.py`,
-`bf16_optimizer.py`) and the measured grid in docs/log.md. All sizes are bytes, arrays [3, n]
-(pipeline position × candidate).
+DeepSpeed's evidence is its source, 0.19.8 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`,
+`stage3.py`, `bf16_optimizer.py`) and the measured grid in docs/log.md; the other families' is in
+docs/explanation/memory.md. All sizes are bytes, arrays [3, n] (pipeline position × candidate).
 """
 
 from __future__ import annotations
@@ -12,9 +12,47 @@ from dataclasses import dataclass
 import numpy as np
 
 from outlay.planner.estimate.candidates import Array, Candidates
+from outlay.planner.estimate.software import Software
 
-MOMENTS = {"adamw": 8, "adam": 8, "sgd": 0, "sgd_momentum": 4}
-"""Bytes a parameter of fp32 optimizer state."""
+MOMENTS = {
+    "adamw": 8, "adam": 8, "lamb": 8, "sgd": 0, "sgd_momentum": 4, "lion": 4, "muon": 4,
+    "rmsprop": 4, "adafactor": 0.01, "adamw_8bit": 2.03, "paged_adamw": 0, "paged_adamw_8bit": 0,
+}  # fmt: skip
+"""Bytes a parameter of optimizer state beside fp32 master weights. 8-bit: one byte and its blockwise
+scale (a 4-byte scale for 256 values) each; paged: in memory that the driver moves, not counted here;
+adafactor: a row and a column of each matrix."""
+QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""A weight of a frozen linear layer: 4 bits with an fp32 scale for 64 of them, or that scale in 8 bits
+with an fp32 one for 256 scales (QLoRA, arXiv 2305.14314, section 3); 8 bits with a scale a row."""
+_DEFAULT_BUCKET = 500_000_000
+"""Elements: DeepSpeed's own reduce and all-gather buckets where nobody sets them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Weights on one rank before data parallelism divides them; arrays [3, n]."""
+
+    dense: Array
+    experts: Array
+    """Routed experts: already divided by ep, so fewer data-parallel ranks share them."""
+    block: Array
+    """The heaviest block's, [n]."""
+    root: Array
+    """What belongs to no block: embedding, final norm, head."""
+    largest_tensor: float
+    trainable: float = 1.0
+    """Fraction of the weights that is trained."""
+    frozen_bytes: float | None = None
+    """Bytes of one frozen weight on average; null = the width."""
+
+    @property
+    def total(self) -> Array:
+        return self.dense + self.experts
+
+    def shard(self, c: Candidates) -> Array:
+        """One rank's part of all of them."""
+        ranks = c.dp * c.cp * c.sp
+        return np.ceil(self.dense / ranks) + np.ceil(self.experts / np.maximum(1, ranks // c.ep))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +62,8 @@ class States:
     parameters: Array
     gradients_held: Array
     """Alive between micro-batches, from the first backward to the optimizer step."""
+    gradients_always: Array
+    """Of these, what is a buffer that lives from the start (Megatron's main gradients)."""
     gradients_new: Array
     """What one backward adds before it is reduced into those held."""
     optimizer_states: Array
@@ -33,64 +73,164 @@ class States:
     communication: Array
     """Buckets and gathered layers, from the first backward on."""
     gathered: Array
-    """Stage 3: whole weights alive during forward and backward."""
+    """Whole weights alive during forward and backward: stage 3's, FSDP's, autocast's."""
+    load: Array
+    """Peak of loading the weights, where it can exceed the peak of a step; else 0."""
 
 
-def _divide(parameters: Array, ranks: Array) -> Array:
-    return np.ceil(parameters / ranks)
+def width_of(precision: str) -> int:
+    """Bytes of a weight as the forward pass reads it."""
+    return 4 if precision in ("fp32", "tf32") else 2
 
 
 def state_bytes(
-    parameters: Array,
-    c: Candidates,
-    *,
-    precision: str,
-    optimizer: str,
-    bucket: Array,
-    largest_tensor: float,
-    block_parameters: Array,
-    offload_to_host: Array,
+    held: Held, c: Candidates, *, software: Software, precision: str, optimizer: str, bucket: Array
 ) -> States:
-    """States of `parameters` weights [3, n] that a rank holds before ZeRO divides them by dp.
+    """States of a rank that holds `held` before ZeRO divides them; `bucket` in elements [n]."""
+    width = width_of(precision)
+    if software.family == "megatron":
+        states = _megatron(held, c, software, precision, optimizer)
+    elif software.family == "fsdp":
+        states = _fsdp(held, c, software, width, optimizer)
+    elif software.family in ("ddp", "single"):
+        states = _replicated(held, c, software, width, optimizer)
+    else:
+        states = _deepspeed(held, c, width, optimizer, bucket)
+    shape = np.broadcast_shapes(held.dense.shape, (3, len(c)))
+    return States(**{k: np.broadcast_to(v, shape).astype(float) for k, v in states.items()})
 
-    `bucket`: reduce bucket in elements [n]; `block_parameters`: weights of the heaviest block
-    [n]; `offload_to_host`: True where optimizer states live in host RAM.
+
+def _deepspeed(
+    held: Held, c: Candidates, width: int, optimizer: str, bucket: Array
+) -> dict[str, Array | float]:
+    """DeepSpeed 0.19.8.
 
     Stage 0 in fp32 is plain torch. In 16 bits it is DeepSpeed's FP16/BF16 wrapper with fp32
     master weights. Stages 1 and 2 keep the fp32 partition even where the weights are fp32
     themselves (`single_partition_of_fp32_groups` is a clone). Stage 1 + bf16 keeps fp32 gradients
     where DeepSpeed picks BF16_Optimizer, which the emitted configuration never asks for.
     """
-    width = 4 if precision in ("fp32", "tf32") else 2
-    moments = MOMENTS[optimizer]
-    zero, dp = c.zero, c.dp
-    share = _divide(parameters, np.where(zero >= 1, dp, 1))
-    weights = width * np.where(zero == 3, _divide(parameters, dp), parameters)
+    moments, zero, parameters = MOMENTS[optimizer], c.zero, held.total
+    offloaded = c.offload_optimizer > 0
+    shard = held.shard(c)
+    share = held.trainable * np.where(zero >= 1, shard, parameters)
+    weights = _weights(held, width) * np.where(zero == 3, shard, parameters)
     master = np.where((zero == 0) & (width == 4), 0, 4 * share)
-    optimizer_states = np.where(offload_to_host, 0, master + moments * share)
-
-    grad_full = width * parameters
-    held = np.where(zero >= 2, width * share, grad_full)
+    gradients = width * held.trainable * np.where(zero >= 2, shard, parameters)
     # One backward: stages 0 and 1 accumulate in place; 2 and 3 fill a bucket, then reduce it.
-    in_flight = width * np.minimum(parameters, np.maximum(bucket, largest_tensor))
-    new = np.where(zero >= 2, in_flight, 0.0)
-
-    communication = np.where((zero >= 1) & (zero <= 2), width * bucket * (1 + c.overlap_comm), 0.0)
-    communication = communication + np.where(zero == 3, width * bucket, 0.0)
-    gathered = np.where(zero == 3, width * np.minimum(parameters, 2 * block_parameters), 0.0)
-
+    in_flight = width * np.minimum(held.trainable * parameters, np.maximum(bucket, held.largest_tensor))
+    buckets = np.where((zero >= 1) & (zero <= 2), width * bucket * (1 + c.overlap_comm), 0.0)
+    buckets = buckets + np.where(zero == 3, width * bucket, 0.0)
     # Adam's out-of-place intermediates (denominator, update) for the tensor being stepped.
-    stepped = np.where(zero == 0, largest_tensor, share)
+    stepped = np.where(zero == 0, held.largest_tensor, share)
     temporary = 4 * np.minimum(stepped, share) * (2 if moments else 1)
     temporary = temporary + np.where((zero >= 1) | (width == 2), 4 * share, 0)
-    temporary = np.where(offload_to_host, 0.0, temporary)
-    shape = parameters.shape
-    return States(
-        parameters=np.broadcast_to(weights, shape).astype(float),
-        gradients_held=np.broadcast_to(held, shape).astype(float),
-        gradients_new=np.broadcast_to(new, shape).astype(float),
-        optimizer_states=np.broadcast_to(optimizer_states, shape).astype(float),
-        step_temporary=np.broadcast_to(temporary, shape).astype(float),
-        communication=np.broadcast_to(communication, shape).astype(float),
-        gathered=np.broadcast_to(gathered, shape).astype(float),
-    )
+    return {
+        "parameters": weights,
+        "gradients_held": gradients,
+        "gradients_always": 0.0,
+        "gradients_new": np.where(zero >= 2, in_flight, 0.0),
+        "optimizer_states": np.where(offloaded, 0, master + moments * share),
+        "step_temporary": np.where(offloaded, 0.0, temporary),
+        "communication": buckets,
+        "gathered": np.where(zero == 3, width * np.minimum(parameters, 2 * held.block), 0.0),
+        "load": 0.0,
+    }
+
+
+def _megatron(
+    held: Held, c: Candidates, software: Software, precision: str, optimizer: str
+) -> dict[str, Array | float]:
+    """Megatron-LM: fp32 main gradients in one buffer for bf16, the width's for fp16, whose fp32 copies
+    the optimizer keeps; the distributed optimizer divides master weights and moments.
+
+    Megatron-DeepSpeed: the same states under DeepSpeed of its time: ZeRO-1 in fp16 holds fp32
+    gradients of its partition, bf16 (BF16_Optimizer) of all weights, beside two default buckets.
+    """
+    width, parameters, shard = width_of(precision), held.total, held.shard(c)
+    zero3, share = c.zero == 3, np.where(c.zero >= 1, shard, parameters)
+    under_deepspeed = software.gradient_bytes is None
+    if width == 4:
+        gradients, master = 4 * parameters, 0.0
+    elif precision == "fp16":
+        gradients, master = 2 * parameters + 4 * share, 4.0
+    else:
+        gradients, master = (6 if under_deepspeed else 4) * parameters, 4.0
+    buckets = 2 * width * np.minimum(parameters, _DEFAULT_BUCKET) * (under_deepspeed & (c.zero >= 1))
+    gathered = width * np.minimum(parameters, held.root + 2 * held.block)
+    gradients = np.where(zero3, 4 * shard, gradients)
+    return {
+        "parameters": width * np.where(zero3, shard, parameters),
+        "gradients_held": gradients,
+        "gradients_always": gradients,
+        "gradients_new": np.where(zero3, (width + 4) * held.block, 0.0),
+        "optimizer_states": np.where(c.offload_optimizer > 0, 0, (master + MOMENTS[optimizer]) * share),
+        "step_temporary": 0.0,
+        "communication": buckets,
+        "gathered": np.where(zero3, gathered, 0.0),
+        "load": 0.0,
+    }
+
+
+def _fsdp(
+    held: Held, c: Candidates, software: Software, width: int, optimizer: str
+) -> dict[str, Array | float]:
+    """PyTorch FSDP: sharded weights, gradients and moments in fp32 (in the width where the software
+    keeps no master weights), and what is gathered in the width: all that is in no block, the block at
+    work and the one prefetched. In a pipeline the stage stays gathered, with whole gradients, until
+    the last micro-batch. Adapters: FSDP's flat parameter mixes them with frozen weights, so each
+    gradient is as long as the weights; loading a whole checkpoint gathers all weights beside shards.
+    """
+    parameters, shard = held.total, held.shard(c)
+    held_bytes = 4 if software.master or width == 4 else width
+    replica, pipeline = c.zero == 2, (c.pp > 1) & (c.grad_accum > 1)
+    whole = replica | pipeline | (c.zero < 2)
+    gathered = width * np.where(whole, parameters, np.minimum(parameters, held.root + 2 * held.block))
+    reduced = software.gradient_bytes or width
+    new = (width + reduced) * np.maximum(held.block, held.root / 2)
+    share = held.trainable * shard
+    moments = MOMENTS[optimizer] * held_bytes / 4
+    loading = held_bytes * (parameters + 1.5 * shard) if held.trainable < 1 else 0.0
+    return {
+        "parameters": held_bytes * shard,
+        "gradients_held": held_bytes * shard + np.where(pipeline, reduced * parameters, 0.0),
+        "gradients_always": 0.0,
+        "gradients_new": new,
+        "optimizer_states": np.where(c.offload_optimizer > 0, 0.0, moments * share),
+        "step_temporary": 0.0,
+        "communication": 0.0,
+        "gathered": gathered,
+        "load": loading,
+    }
+
+
+def _replicated(
+    held: Held, c: Candidates, software: Software, width: int, optimizer: str
+) -> dict[str, Array | float]:
+    """Plain torch on one GPU, or DDP, whose buckets hold the gradients a second time.
+
+    With master weights this is autocast: fp32 weights, gradients and moments, and a cast of each
+    matrix that lives through forward and backward. Without, all is in the width.
+    """
+    parameters, train = held.total, held.trainable
+    held_bytes = 4 if software.master or width == 4 else width
+    copies = held_bytes * parameters * train * (c.dp > 1) if software.family == "ddp" else 0.0
+    frozen = held.frozen_bytes if held.frozen_bytes is not None else held_bytes
+    autocast = width * parameters if held_bytes > width else 0.0
+    return {
+        "parameters": (train * held_bytes + (1 - train) * frozen) * parameters,
+        "gradients_held": held_bytes * train * parameters,
+        "gradients_always": 0.0,
+        "gradients_new": 0.0,
+        "optimizer_states": MOMENTS[optimizer] * held_bytes / 4 * train * parameters,
+        "step_temporary": 0.0,
+        "communication": copies,
+        "gathered": autocast,
+        "load": 0.0,
+    }
+
+
+def _weights(held: Held, width: int) -> float:
+    """Bytes of one weight on average, frozen and trained together."""
+    frozen = held.frozen_bytes if held.frozen_bytes is not None else width
+    return held.trainable * width + (1 - held.trainable) * frozen

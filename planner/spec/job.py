@@ -55,12 +55,28 @@ class Budget:
 class Optimizer:
     """Which optimizer, with its numbers."""
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal[
+        "adamw", "adam", "sgd", "lamb", "lion", "adafactor", "rmsprop", "muon",
+        "adamw_8bit", "paged_adamw", "paged_adamw_8bit",
+    ] = "adamw"  # fmt: skip
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
     momentum: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Training of adapters over frozen weights."""
+
+    method: Literal["lora", "adapter", "adapter_v2"] = "lora"
+    rank: int = 8
+    """Of the LoRA factors, on the q and v projections."""
+    dropout: float = 0.05
+    """Before the LoRA factors."""
+    quant: Literal["none", "nf4", "nf4-dq", "int8"] = "none"
+    """How the frozen linear layers are held; dq = their scales quantized too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +116,8 @@ class Job:
     gradient_clipping: float = 1.0
     objective: Literal["causal_lm"] = "causal_lm"
     attention: Literal["eager", "sdpa", "flash"] = "sdpa"
+    finetune: Finetune | None = None
+    """Null = every weight is trained."""
     data: Data | None = None
     budget: tuple[Budget, ...] = ()
     seed: int = 0

@@ -202,7 +202,8 @@ def _write(
     (folder / "train_counts.bin").write_bytes(counts["train"].astype("<i8").tobytes())
     tokenizer.save(str(folder / "tokenizer.json"))
     info = DatasetInfo(
-        **infos,
+        train=infos["train"],
+        heldout=infos["heldout"],
         **facts,
         dtype=dtype,
         vocab_size=vocab,

@@ -273,7 +273,9 @@ def test_files_that_do_not_match_are_named(prepared: Path, tmp_path: Path) -> No
     shutil.copytree(prepared, copy)
     with (copy / "train.bin").open("ab") as handle:
         handle.write(b"\0")
-    with pytest.raises(FileError, match=r"(?s)train\.bin.*not the file that dataset\.json describes"):
+    with pytest.raises(
+        FileError, match=r"(?s)train\.bin.*not the file that dataset\.json describes"
+    ):
         TokenDataset(copy, seq_len=32, seed=0)
     (copy / "dataset.json").write_text('{"schema": "outlay/dataset@9"}')
     with pytest.raises(FileError, match="schema"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from outlay.runner.data.prepare import prepare
 from outlay.runner.events import read_events
 from outlay.runner.folder import Attempt, Attempts, RunFolder
 from outlay.runner.launch import run_plan
+from outlay.runner.memory_probe import run_memory_probe
 
 VOCAB = 400
 STEPS = 300
@@ -70,6 +72,7 @@ from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import OutlayError
 from outlay.runner.budget import process_started_s
 from outlay.runner.launch import run_plan
+from outlay.runner.memory_probe import run_memory_probe
 
 plan, folder, resume = sys.argv[1:]
 try:
@@ -262,6 +265,28 @@ def test_a_budget_is_kept_and_used(data: Path, tmp_path: Path) -> None:
     assert outcome.export is not None
 
 
+def parameter_count(plan: Plan) -> int:
+    from outlay.runner.model import skeleton
+
+    return sum(
+        p.numel() for p in skeleton(plan.model, precision="fp32", attention="sdpa").parameters()
+    )
+
+
+@pytest.mark.processes
+def test_memory_is_measured_by_rank_and_counts_the_optimizer() -> None:
+    """About 9 M parameters, fp32, no ZeRO: weights, gradients and two moments, 16 bytes each."""
+    config = {"vocab_size": 2048, "hidden_size": 512, "intermediate_size": 1024}
+    plan = ranks.tiny_plan(config=config, zero=0, micro_batch=1, grad_accum=1)
+    model = parameter_count(plan)
+    readings = run_memory_probe(plan, steps=2)
+    assert [r.rank for r in readings] == [0, 1]
+    for reading in readings:
+        assert reading.kind == "host_growth"
+        assert reading.before_bytes > 100 * 2**20
+        assert 16 * model <= reading.growth_bytes <= 1.5 * 16 * model
+
+
 # What is refused before anything is started.
 
 
@@ -346,6 +371,26 @@ def test_data_that_the_model_does_not_know_is_refused(data: Path, tmp_path: Path
         run_plan(dataclasses.replace(plan, model=model), tmp_path / "run")
 
 
+def test_text_is_prepared_in_the_run_once(data: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for path in standard_library_files()[:30]:
+        (text / path.name).write_bytes(path.read_bytes())
+    plan = small_plan(data)
+    job = dataclasses.replace(plan.job, data=Data(path=str(text), format="text"))
+    plan, folder = dataclasses.replace(plan, job=job), RunFolder(tmp_path / "run")
+    launch._prepare_data(plan, folder)
+    made = TokenDataset(folder.data, seq_len=32, seed=0).info
+    assert made.vocab_size == VOCAB
+    shutil.rmtree(text)
+    launch._prepare_data(plan, folder)
+    weights = dataclasses.replace(plan.model, weights="somewhere")
+    with pytest.raises(UsageError, match="needs their tokenizer"):
+        launch._prepare_data(
+            dataclasses.replace(plan, model=weights), RunFolder(tmp_path / "other")
+        )
+
+
 def _host(**changes: Any) -> Host:
     facts = {
         "cpu_model": "any",
@@ -379,7 +424,6 @@ def _on(plan: Plan, kind: str, **changes: Any) -> Plan:
     )
 
 
-
 @pytest.mark.parametrize(
     ("kind", "here", "low_gib", "message"),
     [
@@ -389,7 +433,9 @@ def _on(plan: Plan, kind: str, **changes: Any) -> Plan:
         ("gpu", {"gpus": (_gpu(2**30),) * 2}, 5, r"(?s)GPU 0.*at least 5\.00 GiB.*1\.00 GiB of 80"),
     ],
 )
-def test_a_plan_that_does_not_fit_this_machine_is_refused(data, kind, here, low_gib, message) -> None:
+def test_a_plan_that_does_not_fit_this_machine_is_refused(
+    data, kind, here, low_gib, message
+) -> None:
     plan = _on(small_plan(data), kind, **here)
     if low_gib is not None:
         plan = dataclasses.replace(plan, estimate={"memory": {"low_bytes": low_gib * 2**30}})
@@ -406,7 +452,7 @@ def test_a_plan_for_gpus_is_refused_where_there_are_none(data: Path, tmp_path: P
 @pytest.mark.parametrize("found", ["0.18.4", "1.19.0", "0.20.0+abc"])
 def test_another_deepspeed_is_refused(monkeypatch, found) -> None:
     monkeypatch.setattr(fit, "version", lambda name: found if name == "deepspeed" else "1.0")
-    with pytest.raises(UsageError, match="is installed, and this runner knows 0.19"):
+    with pytest.raises(UsageError, match=r"is installed, and this runner knows 0\.19"):
         fit.check_software()
 
 

@@ -88,13 +88,13 @@ def read_bloom(reader: Reader, name: str) -> ModelSpec:
 
 def read_mpt(reader: Reader, name: str) -> ModelSpec:
     """As transformers builds it: never a bias, always alibi, one dropout for all."""
-    attn = reader.mapping("attn_config")
-    kind = attn.get("attn_type", "multihead_attention")
+    attn = reader.nested("attn_config")
+    kind = attn.text("attn_type", "multihead_attention")
     if kind != "multihead_attention":
-        reader.refuse("attn_config", f"attn_type {kind!r} is not what transformers' MPT has")
-    if attn.get("qk_ln"):
-        reader.refuse("attn_config", "qk_ln is on, which transformers' MPT does not have")
-    dropout = Reader(attn, source=reader.source, aliases={}).probability("attn_pdrop", 0.0)
+        attn.refuse("attn_type", f"{kind!r} is not what transformers' MPT has")
+    if attn.flag("qk_ln", False):
+        attn.refuse("qk_ln", "is true, which transformers' MPT does not have")
+    dropout = attn.probability("attn_pdrop", 0.0)
     hidden = reader.size("d_model")
     heads = reader.size("n_heads")
     attention = Attention(

@@ -104,7 +104,7 @@ def _relative_parameters(reader: Reader, spec: ModelSpec) -> tuple[int, int]:
     """
     terms = reader.config.get("pos_att_type") or []
     terms = [t.strip() for t in terms.lower().split("|")] if isinstance(terms, str) else terms
-    if not isinstance(terms, list) or not set(terms) <= {"c2p", "p2c"}:
+    if not isinstance(terms, list) or any(t not in ("c2p", "p2c") for t in terms):
         reader.refuse("pos_att_type", f"is {terms!r}, expected a list of c2p and p2c")
     normed = "layer_norm" in reader.text("norm_rel_ebd", "none").lower().split("|")
     norm = 2 * spec.hidden if normed else 0

@@ -16,16 +16,28 @@ DEEPEST = 10_000
 class Reader:
     """The keys of one config. `source` is the file's path, for `path:line` in complaints."""
 
-    def __init__(self, config: dict[str, Any], *, source: str, aliases: dict[str, str]) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        *,
+        source: str,
+        aliases: dict[str, str],
+        within: tuple[str, ...] = (),
+    ) -> None:
         self.config = config
         self.source = source
+        self.within = within
+        """The keys that lead to this mapping, where it is nested."""
         self.aliases = aliases
         """Key → the other name it goes by (transformers' attribute_map)."""
 
     def refuse(self, key: str, what: str, *, why: str = "", do: str = "") -> NoReturn:
-        """Raise the one error that a bad key gets."""
-        where = line_of(self.source, (key,))
-        raise FileError(f"{key}: {what}", where=where, why=why, do=do)
+        """Raise the one error that a bad key gets, by the name that the config uses."""
+        other = self.aliases.get(key)
+        named = other if other in self.config and key not in self.config else key
+        keys = (*self.within, str(named))
+        where = line_of(self.source, keys)
+        raise FileError(f"{'.'.join(keys)}: {what}", where=where, why=why, do=do)
 
     def has(self, key: str) -> bool:
         return self._name(key) in self.config
@@ -95,14 +107,12 @@ class Reader:
             self.refuse(key, f"is {value!r}, expected a list of whole numbers")
         return tuple(self._whole(key, entry, 0) for entry in value)
 
-    def mapping(self, key: str) -> dict[str, Any]:
-        """A nested mapping; empty where the key is missing or null."""
+    def nested(self, key: str) -> Reader:
+        """The keys of a nested mapping; none where it is missing or null."""
         value = self.config.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
+        if value is not None and not isinstance(value, dict):
             self.refuse(key, f"is {value!r}, expected a mapping")
-        return value
+        return Reader(value or {}, source=self.source, aliases={}, within=(*self.within, key))
 
     def texts(self, key: str, *, length: int, known: tuple[str, ...]) -> tuple[str, ...] | None:
         """A list with one of the known words for each layer; null where it is missing."""

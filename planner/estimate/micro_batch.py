@@ -1,0 +1,156 @@
+"""One micro-batch through a rank's stage: compute, and the collectives inside the passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from outlay.planner.estimate.candidates import Array, Candidates
+from outlay.planner.estimate.communication import Figures, all_to_all_s, collective_s, transfer_s
+from outlay.planner.estimate.operators import BlockTime, Speed, block_s, head_s, width_of
+from outlay.planner.estimate.pipeline import bubble_s
+from outlay.planner.estimate.software import Software
+from outlay.planner.estimate.stages import StageLoads, stage_loads
+from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.job import Job
+from outlay.planner.spec.model import Block, ModelSpec
+
+TENSORS_PER_BLOCK = 9
+"""Parameters (tensors) of a gated block: what DeepSpeed's per-parameter hooks run on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Seconds of the slowest stage [n]."""
+
+    forward: Array
+    backward: Array
+    recompute: Array
+    tensor_parallel: Array
+    sequence_parallel: Array
+    expert_parallel: Array
+    forward_pass: Array
+    """The whole forward pass, collectives in it included."""
+    backward_pass: Array
+    """Backward with what it recomputes and sends."""
+    bubble: Array
+    """Of the pipeline, a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """Collectives of one block: seconds of one forward pass; backward sends as much."""
+
+    tensor: Array
+    sequence: Array
+    expert: Array
+
+
+def hook_s(c: Candidates, figures: Figures) -> Array:
+    """DeepSpeed's Python on the parameters of one block, a micro-batch (stage 3: on its modules)."""
+    partitioned = np.where((c.zero == 1) | (c.zero == 2), figures["deepspeed.parameter_hook_s"], 0.0)
+    module = np.where(c.zero == 3, figures["deepspeed.stage3_parameter_s"], 0.0)
+    return np.asarray(TENSORS_PER_BLOCK * (partitioned + module))
+
+
+def _sent(
+    spec: ModelSpec, block: Block, job: Job, c: Candidates, cluster: Cluster, core: Array, figures: Figures
+) -> _Sent:
+    """tp: an all-reduce after attention and one after the MLP (Megatron, arXiv 1909.08053); under
+    sequence parallelism a reduce-scatter and an all-gather of the same volume. sp (Ulysses): q, k, v
+    and the output change places. cp (ring): k and v go round while attention computes. ep: tokens go
+    to their experts and back."""
+    width, h, a = width_of(job.precision), spec.hidden, block.attention
+    tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
+    message = width * tokens * h
+    tensor = np.zeros(len(c))
+    if (c.tp > 1).any():
+        tensor = 2.0 * collective_s("all_reduce", message, c.tp, np.ones_like(c.tp), cluster, figures)
+    sequence = np.zeros(len(c))
+    if (c.sp > 1).any():
+        heads = width * tokens * (a.q_width + a.out_width + a.k_width + a.v_width) / c.tp
+        sequence = all_to_all_s(heads, c.sp, c.tp, cluster, figures)
+    if (c.cp > 1).any():
+        ring = width * tokens * (a.k_width + a.v_width) / c.tp
+        beyond = c.tp * c.cp > cluster.ranks_per_node
+        hop = transfer_s(ring, cluster, beyond, figures)
+        sequence = sequence + np.where(c.cp > 1, np.maximum((c.cp - 1) * hop - core, 0.0), 0.0)
+    expert = np.zeros(len(c))
+    if block.mlp.experts and (c.ep > 1).any():
+        routed = message * block.mlp.top_k * figures["moe.imbalance"] / np.where(c.sequence_parallel > 0, c.tp, 1)
+        expert = 2.0 * all_to_all_s(routed, c.ep, c.tp, cluster, figures) * figures["moe.dispatch_factor"]
+    return _Sent(tensor=tensor, sequence=sequence, expert=expert)
+
+
+def _again(c: Candidates, t: BlockTime, sent: _Sent, count: Array, family: str) -> tuple[Array, Array, Array]:
+    """(compute, sent, blocks) that recomputation of `count` blocks [3, n] adds.
+
+    Full: the forward pass again. Selective: Megatron's attention core, or torch's per-operator
+    policy, which keeps attention and every second matrix multiply.
+    """
+    full, selective = c.activation_checkpointing == 2, c.activation_checkpointing == 1
+    blocks = np.where(full, count, 0.0)
+    part = t.core if family != "fsdp" else t.selective
+    chosen = np.where(c.recompute_layers >= 0, np.minimum(count, np.ceil(c.recompute_layers / c.pp)), count)
+    blocks = np.where(full, chosen, 0.0)
+    compute = blocks * t.recompute + np.where(selective, count, 0.0) * part
+    return compute, blocks * (sent.tensor + sent.sequence + sent.expert), blocks
+
+
+def _longest(kernels: Array, host: Array, software: Software) -> Array:
+    """A pass of a stage: the slower of its kernels and of starting them, or both where one core does both."""
+    return np.maximum(kernels, host) if software.start_hidden else kernels + host
+
+
+def micro_batch_s(
+    spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, speed: Speed, figures: Figures, software: Software
+) -> MicroBatch:
+    """Every part of one micro-batch on the slowest stage, and the pipeline's bubble."""
+    loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
+    shape = (3, len(c))
+    forward, backward, recompute = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    host_f, host_b, host_r = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    sent_f = {name: np.zeros(shape) for name in ("tensor", "sequence", "expert")}
+    sent_r = np.zeros(shape)
+    hooks = hook_s(c, figures) if software.family == "deepspeed" and software.start_hidden else 0.0
+    for g, block in enumerate(spec.blocks):
+        count = loads.block_counts[:, g]
+        t = block_s(spec, block, job, c, speed, figures, software)
+        sent = _sent(spec, block, job, c, cluster, t.core, figures)
+        forward += count * t.forward
+        backward += count * t.backward
+        host_f += count * (t.host_forward + hooks / 2.0)
+        host_b += count * (t.host_backward + hooks / 2.0)
+        for name in sent_f:
+            sent_f[name] += count * getattr(sent, name)
+        again, collectives, blocks = _again(c, t, sent, count, software.family)
+        recompute += again
+        sent_r += collectives
+        host_r += blocks * (t.host_forward + figures["compute.checkpoint_start_s"])
+    head_forward, head_backward = head_s(spec, job, c, speed, figures)
+    forward += loads.has_head * head_forward
+    backward += loads.has_head * head_backward
+    inside = sent_f["tensor"] + sent_f["sequence"] + sent_f["expert"]
+    pass_f = _longest(forward + inside, host_f, software)
+    pass_b = _longest(backward + recompute + inside + sent_r, host_b + host_r, software)
+    stage = (pass_f + pass_b) * loads.exists
+    slowest, n = stage.argmax(axis=0), np.arange(len(c))
+    repeated = np.where(inside > 0, 2.0 + sent_r / np.where(inside > 0, inside, 1.0), 0.0)
+    again_host = _longest(recompute + sent_r, host_r, software) if software.start_hidden else recompute + host_r
+
+    def at(values: Array) -> Array:
+        return np.asarray(values[slowest, n])
+
+    again_part = np.minimum(np.where(recompute > 0, again_host - sent_r, 0.0), pass_b)
+    return MicroBatch(
+        forward=at(pass_f - inside),
+        backward=at(pass_b - inside - sent_r - again_part),
+        recompute=at(again_part),
+        tensor_parallel=at(sent_f["tensor"] * repeated),
+        sequence_parallel=at(sent_f["sequence"] * repeated),
+        expert_parallel=at(sent_f["expert"] * repeated),
+        forward_pass=at(pass_f),
+        backward_pass=at(pass_b),
+        bubble=bubble_s(stage, at(stage), c.pp, c.vpp),
+    )

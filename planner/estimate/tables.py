@@ -1,0 +1,60 @@
+"""Compute once for each distinct tuple of fields, then spread over the candidates.
+
+A search of a million candidates has a few thousand distinct (tp, pp, micro-batch …): what depends on
+those alone is computed on the distinct ones and gathered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from outlay.planner.estimate.candidates import Array, Candidates
+
+T = TypeVar("T")
+
+_LARGEST = 1 << 20
+"""Values up to this are numbered by a table of that size; larger ones by sorting."""
+
+
+def _numbered(values: Array) -> tuple[Array, int]:
+    """(number of each value among the distinct ones, how many there are)."""
+    low = int(values.min())
+    span = int(values.max()) - low + 1
+    if span == 1:
+        return np.zeros(values.shape, np.int64), 1
+    if span > _LARGEST:
+        unique, number = np.unique(values, return_inverse=True)
+        return number.reshape(-1), len(unique)
+    shifted = values - low
+    present = np.zeros(span, bool)
+    present[shifted] = True
+    return (np.cumsum(present) - 1)[shifted], int(present.sum())
+
+
+def distinct(c: Candidates, names: Sequence[str]) -> tuple[Array, Array]:
+    """(index of one candidate of each distinct tuple, which of them each candidate is)."""
+    number, count = np.zeros(len(c), np.int64), 1
+    for name in names:
+        mine, many = _numbered(getattr(c, name))
+        if many > 1:
+            number, count = _numbered(number * many + mine) if count > 1 else (mine, many)
+    first = np.zeros(count, np.int64)
+    first[number] = np.arange(len(c))
+    return first, number
+
+
+def gather(record: T, index: Array) -> T:
+    """A dataclass of arrays (last axis: candidates) with the elements that `index` selects."""
+    taken = {}
+    for field in dataclasses.fields(record):  # type: ignore[arg-type]
+        value = getattr(record, field.name)
+        if isinstance(value, np.ndarray) and value.ndim:
+            value = value[..., index]
+        elif dataclasses.is_dataclass(value):
+            value = gather(value, index)
+        taken[field.name] = value
+    return type(record)(**taken)

@@ -1,0 +1,125 @@
+"""--hardware references, job files and flags, defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from outlay.planner.hardware import resolve_hardware
+from outlay.planner.jobs import JobFile, default_precision, merge, read_job_file, resolve_job
+from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.files import to_yaml
+from outlay.planner.spec.model import ModelSpec
+from outlay.profiles.errors import OutlayError, UnknownName, UsageError
+
+
+def test_a_catalog_reference() -> None:
+    c = resolve_hardware("h100-sxm:16", inter_node_gbps=3200)
+    assert (c.nodes, c.ranks_per_node, c.ranks) == (2, 8, 16)
+    assert c.intra.kind == "nvlink"
+    assert c.inter is not None
+    assert c.inter.bytes_per_s == 3200e9 / 8 / 8
+    assert c.usable_bytes < 80 * 2**30
+    assert c.price_usd_per_h is None
+
+
+def test_an_instance_brings_network_and_price() -> None:
+    c = resolve_hardware("aws/p4d.24xlarge:2")
+    assert (c.nodes, c.ranks) == (2, 16)
+    assert c.accelerator.name == "a100-sxm-40gb"
+    assert c.inter is not None
+    assert c.price_usd_per_h is not None
+    assert "2026-" in (c.price_source or "")
+
+
+def test_bridged_cards_have_no_nvlink_for_all() -> None:
+    assert resolve_hardware("rtx-3090:8").intra.kind == "pcie"
+    assert resolve_hardware("rtx-3090:2").intra.kind == "nvlink"
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("h100-sxm:16", "network between 2 nodes is unknown"),
+        ("h100-sxm:0", "at least one"),
+        ("h100-sxm:12/5", "whole nodes of 5"),
+        ("h100", "names no hardware"),
+        ("h100-smx:8", "unknown accelerator"),
+        ("aws/p9.huge:1", "p9.huge"),
+        ("nowhere.yaml", "no such file"),
+        ("cpu:2", "does not know how much memory"),
+    ],
+)
+def test_what_cannot_be_meant(reference: str, says: str) -> None:
+    with pytest.raises(OutlayError, match=says) as caught:
+        resolve_hardware(reference)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("price", [-1.0, float("nan"), float("inf")])
+def test_nonsense_prices(price: float) -> None:
+    with pytest.raises(UsageError, match="makes no sense"):
+        resolve_hardware("h100-sxm:8", price_usd_per_h=price)
+
+
+def test_a_cluster_file_round_trips(cpu_cluster: Cluster, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(to_yaml(cpu_cluster))
+    assert resolve_hardware(str(path)) == cpu_cluster
+    dearer = resolve_hardware(str(path), price_usd_per_h=3.0)
+    assert (dearer.price_usd_per_h, dearer.price_source) == (3.0, "--price-usd-per-h")
+
+
+def test_unknown_names_come_with_near_ones() -> None:
+    with pytest.raises(UnknownName) as caught:
+        resolve_hardware("h100-sxn:8")
+    assert "h100-sxm" in caught.value.near
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("model: m\ntokens: 1M\nseq_len: 128\nbudget: [5usd]\n")
+    file = merge(read_job_file(path), {"seq_len": 64, "steps": 3, "budget": (), "model": None})
+    assert (file.model, file.seq_len, file.steps, file.tokens) == ("m", 64, 3, None)
+    assert file.budget == ("5usd",)
+
+
+def test_defaults_are_stated(tiny_spec: ModelSpec, cpu_cluster: Cluster) -> None:
+    resolved = resolve_job(JobFile(model="m"), tiny_spec, cpu_cluster)
+    stated = {note["what"]: note["value"] for note in resolved.assumptions}
+    assert stated == {
+        "seq_len": 128, "global_batch": 16, "precision": "fp32", "tokens": 1_000_000_000,
+    }  # fmt: skip
+    assert resolved.job.tokens >= 1_000_000_000
+    assert resolved.job.tokens - resolved.job.tokens_per_step < 1_000_000_000
+
+
+def test_what_is_given_is_not_called_an_assumption(tiny_spec: ModelSpec, cpu_cluster: Cluster) -> None:
+    file = JobFile(model="m", seq_len=32, global_batch=4, precision="fp32", steps=5)
+    resolved = resolve_job(file, tiny_spec, cpu_cluster)
+    assert resolved.assumptions == []
+    assert resolved.job.steps == 5
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        JobFile(seq_len=0), JobFile(global_batch=-1), JobFile(steps=0), JobFile(tokens="1.5"),
+        JobFile(tokens="many"), JobFile(precision="fp31"), JobFile(budget=("0usd",)),
+        JobFile(optimizer="adamx"),
+    ],
+)  # fmt: skip
+def test_nonsense_jobs(file: JobFile, tiny_spec: ModelSpec, cpu_cluster: Cluster) -> None:
+    with pytest.raises(UsageError):
+        resolve_job(file, tiny_spec, cpu_cluster)
+
+
+def test_precision_follows_what_was_measured(cpu_cluster: Cluster) -> None:
+    assert default_precision(cpu_cluster)[0] == "fp32"
+    assert default_precision(resolve_hardware("h100-sxm:8"))[0] == "bf16"
+    assert default_precision(resolve_hardware("v100-sxm-32gb:8"))[0] == "fp16"
+    assert cpu_cluster.rates is not None
+    fast = dataclasses.replace(cpu_cluster.rates, gemm_flops={"fp32": 1e11, "bf16": 4e11})
+    assert default_precision(dataclasses.replace(cpu_cluster, rates=fast))[0] == "bf16"

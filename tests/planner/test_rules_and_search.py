@@ -1,0 +1,165 @@
+"""Rules as masks and as messages, and the search over what they leave."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from outlay.planner.estimate.candidates import Candidates
+from outlay.planner.estimate.estimator import evaluate
+from outlay.planner.estimate.interval import TIGHT_RISK
+from outlay.planner.rules import RULES, Context, allowed, broken
+from outlay.planner.search import alternatives, candidates_for, divisors, search
+from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.job import Job
+from outlay.planner.spec.model import ModelSpec
+from outlay.planner.spec.strategy import Strategy
+from outlay.profiles.errors import NotFeasible, UsageError
+
+FINE = Strategy(zero=1, dp=2, micro_batch=2, grad_accum=2)
+BROKEN = {
+    "world_is_ranks": {"dp": 4, "grad_accum": 1},
+    "batch_closes": {"grad_accum": 3},
+    "stages_have_blocks": {"pp": 8},
+    "pipeline_without_zero_2": {"pp": 2, "zero": 2},
+    "tensor_parallel_divides_heads": {"tp": 3},
+    "sequence_parallel_divides": {"sp": 3},
+    "expert_parallel_divides": {"ep": 2},
+    "offload_param_needs_stage_3": {"offload_param": "cpu"},
+    "offload_needs_zero": {"zero": 0, "offload_optimizer": "cpu"},
+    "not_run_by_deepspeed": {"vpp": 2},
+    "runner_does_not_yet": {"loss": "fused"},
+}
+"""One change each that breaks the rule of that name (and perhaps others)."""
+
+
+@pytest.fixture
+def context(tiny_spec: ModelSpec, tiny_job: Job, cpu_cluster: Cluster) -> Context:
+    return Context(spec=tiny_spec, job=tiny_job, cluster=cpu_cluster)
+
+
+def test_a_plain_strategy_breaks_nothing(context: Context) -> None:
+    assert broken(FINE, context) == []
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_rule_forbids_and_explains(name: str, context: Context) -> None:
+    strategy = dataclasses.replace(FINE, **BROKEN[name])  # type: ignore[arg-type]
+    found = {rule.name: text for rule, text in broken(strategy, context)}
+    assert name in found
+    assert not allowed(Candidates.of([strategy]), context)[0]
+    assert len(found[name]) > 20
+
+
+def test_rules_of_job_and_hardware(context: Context) -> None:
+    fp16 = dataclasses.replace(context, job=dataclasses.replace(context.job, precision="fp16"))
+    assert [r.name for r, _ in broken(FINE, fp16)] == ["fp16_needs_gpu"]
+    tpu = dataclasses.replace(context.cluster.accelerator, deepspeed=False)
+    elsewhere = dataclasses.replace(
+        context, cluster=dataclasses.replace(context.cluster, accelerator=tpu)
+    )
+    assert [r.name for r, _ in broken(FINE, elsewhere)] == ["deepspeed_runs_there"]
+    learned = dataclasses.replace(
+        context, spec=dataclasses.replace(context.spec, positions="learned", max_positions=32)
+    )
+    assert [r.name for r, _ in broken(FINE, learned)] == ["sequence_fits_positions"]
+
+
+def test_every_rule_is_tested_and_has_evidence() -> None:
+    names = [rule.name for rule in RULES]
+    assert len(set(names)) == len(names)
+    tested = {*BROKEN, "fp16_needs_gpu", "deepspeed_runs_there", "sequence_fits_positions"}
+    assert set(names) == tested
+    assert all(len(rule.evidence) > 10 for rule in RULES)
+
+
+@given(n=st.integers(1, 200_000))
+def test_divisors(n: int) -> None:
+    found = divisors(n)
+    assert found == sorted(set(found))
+    assert all(n % d == 0 for d in found)
+    assert {1, n} <= set(found)
+    if n < 5000:
+        assert found == [d for d in range(1, n + 1) if n % d == 0]
+
+
+def test_search_equals_brute_force(context: Context) -> None:
+    """Every legal strategy over wide loops, estimated one at a time: the same winner."""
+    result = search(context.spec, context.job, context.cluster)
+    best, count = None, 0
+    for zero in range(4):
+        for dp in (1, 2):
+            for pp in (1, 2):
+                for micro in range(1, 9):
+                    for accum in range(1, 9):
+                        for word in ("none", "full"):
+                            s = Strategy(
+                                zero=zero, dp=dp, pp=pp, micro_batch=micro, grad_accum=accum,
+                                activation_checkpointing=word,  # type: ignore[arg-type]
+                            )  # fmt: skip
+                            if broken(s, context) or (zero and dp == 1):
+                                continue
+                            count += 1
+                            e = evaluate(context.spec, context.job, context.cluster, Candidates.of([s]))
+                            assert e.step is not None
+                            if e.risk[0] <= TIGHT_RISK:
+                                seconds = float(e.step.time_s[0])
+                                best = seconds if best is None else min(best, seconds)
+    assert len(result.estimates) == count
+    assert result.estimates.step is not None
+    chosen = float(result.estimates.step.time_s[int(result.order[0])])
+    assert best is not None
+    assert chosen <= best * 1.006  # ties within half a per cent go to less memory
+
+
+def test_fixed_values_are_kept(context: Context) -> None:
+    result = search(context.spec, context.job, context.cluster, {"zero": 3, "micro_batch": 2})
+    c = result.estimates.candidates
+    assert set(c.zero.tolist()) == {3}
+    assert set(c.micro_batch.tolist()) == {2}
+
+
+def test_alternatives_say_why(context: Context) -> None:
+    result = search(context.spec, context.job, context.cluster)
+    rows = alternatives(result, context.cluster)
+    assert len(rows) >= 5
+    assert all(row.why for row in rows)
+    assert result.best not in [row.strategy for row in rows]
+
+
+def test_nothing_fits_says_how_much_is_missing(context: Context) -> None:
+    small = dataclasses.replace(context.cluster, usable_bytes=10_000_000)
+    with pytest.raises(NotFeasible) as caught:
+        search(context.spec, context.job, small)
+    assert caught.value.exit_code == 3
+    assert "of 10 MiB a rank" in str(caught.value)
+    assert "do:" in str(caught.value)
+
+
+def test_a_batch_that_does_not_divide(context: Context) -> None:
+    job = dataclasses.replace(context.job, global_batch=7)
+    with pytest.raises(UsageError, match="no strategy closes"):
+        search(context.spec, job, context.cluster, {"pp": 1})
+
+
+def test_unknown_speed_cannot_be_ranked(context: Context) -> None:
+    unmeasured = dataclasses.replace(context.cluster, rates=None)
+    with pytest.raises(UsageError, match="probe --measure"):
+        search(context.spec, context.job, unmeasured)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch=st.integers(1, 64), ranks=st.integers(1, 16))
+def test_candidates_close_the_batch(
+    batch: int, ranks: int, tiny_job: Job, cpu_cluster: Cluster
+) -> None:
+    job = dataclasses.replace(tiny_job, global_batch=batch)
+    cluster = dataclasses.replace(cpu_cluster, ranks_per_node=ranks)
+    c = candidates_for(job, cluster, {})
+    assert np.all(c.dp * c.tp * c.pp == ranks)
+    closes = c.micro_batch * c.grad_accum * c.dp == batch
+    assert np.all(closes | (batch % (c.micro_batch * c.dp) != 0))
