@@ -47,7 +47,9 @@ def dataclass_table(kind: Any) -> str:
     rows = ["| key | type | meaning |", "|---|---|---|"]
     for f in dataclasses.fields(kind):
         type_text = str(f.type).replace("|", "\\|")
-        rows.append(f"| `{f.name}` | `{type_text}` | {docs.get(f.name, '').replace('|', chr(92) + '|')} |")
+        rows.append(
+            f"| `{f.name}` | `{type_text}` | {docs.get(f.name, '').replace('|', chr(92) + '|')} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -57,7 +59,10 @@ def formats_reference() -> str:
     from outlay.planner.cases import COLUMNS_IN, COLUMNS_OUT
     from outlay.planner.spec import cluster, job, measurement, plan, strategy
 
-    parts = [HEAD + "# File formats\n\nFiles are YAML or JSON and carry `schema`. Unknown keys are refused.\n"]
+    parts = [
+        HEAD
+        + "# File formats\n\nFiles are YAML or JSON and carry `schema`. Unknown keys are refused.\n"
+    ]
     for kind in (
         jobs.JobFile, plan.Plan, plan.ModelSource, plan.Alternative, job.Job, job.Budget, job.Optimizer,
         job.Schedule, job.Data, strategy.Strategy, cluster.Cluster, cluster.Link, cluster.Host, cluster.Gpu,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from outlay.planner.estimate.candidates import Candidates
 from outlay.planner.estimate.estimator import Estimates, evaluate
@@ -19,7 +21,7 @@ from outlay.planner.estimate.software import Software, software_of
 from outlay.planner.hardware import cluster_of
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.families import preset_names, resolve_model
-from outlay.planner.spec.job import Job
+from outlay.planner.spec.job import Finetune, Job, Optimizer
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
 from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import FileError, OutlayError, UsageError
@@ -44,6 +46,10 @@ VOCAB = {"llama": 32000, "moe": 32000, "bert": 30528, "t5": 32128}
 GPT_VOCAB = 51200
 HEAD_DIM = 128
 """Where the heads are not given: the width that most models since GPT-3 have."""
+LATENT = {"q_rank": 1536, "kv_rank": 512, "rope_head_dim": 64}
+"""Latent attention whose sizes a row does not give: DeepSeek-V3's (arXiv 2412.19437, section 4.2)."""
+LATENT_HEAD_DIM, LATENT_VALUE_DIM = 192, 128
+_FACT = re.compile(r"\b(seq_parallel|swiglu|mla|untied|method|torch\.compile) *= *(\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +102,39 @@ def _count(row: Mapping[str, str], key: str, default: int | None = None) -> int 
     return int(value)
 
 
+def _facts(row: Mapping[str, str]) -> dict[str, str]:
+    """What has no column and is stated in `notes` as `key=value`: seq_parallel, swiglu, mla, untied,
+    method (of fine-tuning), torch.compile."""
+    return {key: value.lower() for key, value in _FACT.findall(row.get("notes") or "")}
+
+
+def _attention_of(
+    row: Mapping[str, str], facts: Mapping[str, str], hidden: int, arch: str, software: Software
+) -> Attention:
+    tp = _count(row, "tp", 1) or 1
+    heads = _count(row, "heads") or _heads(hidden, tp)
+    kv_heads = _count(row, "kv_heads") or heads
+    if hidden % heads:
+        raise UsageError(f"heads {heads} do not divide hidden {hidden}")
+    gated = arch in ("llama", "moe")
+    latent = facts.get("mla") == "true"
+    return Attention(
+        heads=heads, kv_heads=heads if latent else kv_heads,
+        head_dim=LATENT_HEAD_DIM if latent else hidden // heads,
+        value_head_dim=LATENT_VALUE_DIM if latent else None,
+        qkv_bias=not gated, out_bias=not gated, causal=arch != "bert",
+        dropout=0.1 if software.dropout and not gated else 0.0,
+        fused_qkv=software.family == "single" or "litgpt" in (row.get("framework") or ""),
+        **(LATENT if latent else {}),
+    )  # fmt: skip
+
+
+def _heads(hidden: int, tp: int) -> int:
+    """Heads of a row that gives none: they divide hidden, tp divides them, each is about HEAD_DIM wide."""
+    possible = [n for n in range(1, hidden + 1) if hidden % n == 0 and n % tp == 0]
+    return min(possible or [1], key=lambda n: abs(math.log(hidden / n / HEAD_DIM)))
+
+
 def _spec(row: Mapping[str, str], software: Software) -> ModelSpec:
     """Sizes from the columns; a row without them may name a preset."""
     name = (row.get("model") or "").strip()
@@ -106,63 +145,84 @@ def _spec(row: Mapping[str, str], software: Software) -> ModelSpec:
         if name.lower() in preset_names():
             return resolve_model(name.lower())[0]
         raise UsageError(f"the row gives no hidden size, and {name!r} is no preset")
-    gated = arch in ("llama", "moe")
+    facts = _facts(row)
+    modern = arch in ("llama", "moe")
+    gated = facts["swiglu"] == "true" if "swiglu" in facts else modern
     experts = _count(row, "experts", 0) or 0
     ffn = _count(row, "ffn") or (4 * hidden if not gated else -(-8 * hidden // 3 // 256) * 256)
     vocab = _count(row, "vocab") or VOCAB.get(arch, GPT_VOCAB)
-    heads = _count(row, "heads") or max(1, hidden // HEAD_DIM)
-    kv_heads = _count(row, "kv_heads") or heads
-    if hidden % heads:
-        raise UsageError(f"heads {heads} do not divide hidden {hidden}")
-    attention = Attention(
-        heads=heads, kv_heads=kv_heads, head_dim=hidden // heads,
-        qkv_bias=not gated, out_bias=not gated, causal=arch not in ("bert",),
-        dropout=0.1 if software.dropout and not gated else 0.0,
-    )  # fmt: skip
+    attention = _attention_of(row, facts, hidden, arch, software)
     top_k = _count(row, "top_k", 1) or 1
     mlp = Mlp(
         ffn=ffn, gated=gated, bias=not gated, activation="silu" if gated else "gelu",
-        experts=experts, top_k=top_k if experts else 0, router_parameters=hidden * experts,
+        experts=experts, top_k=min(top_k, experts) if experts else 0,
+        router_parameters=hidden * experts,
     )  # fmt: skip
     if layers is None:
         if parameters is None:
             raise UsageError("the row gives neither layers nor n_params")
-        layers = _layers_from_parameters(parameters, hidden, vocab, attention, mlp)
+        pp = _count(row, "pp", 1) or 1
+        layers = _layers_from_parameters(parameters, hidden, vocab, attention, mlp, pp)
     seq_len = _count(row, "seq_len", 2048) or 2048
+    blocks = (Block(count=layers, attention=attention, mlp=mlp),)
+    if arch == "t5":
+        encoder = replace(blocks[0], stack="encoder", attention=replace(attention, causal=False))
+        blocks = (encoder, replace(blocks[0], norms=3, cross_attention=replace(attention, causal=False)))
+    untied = facts["untied"] == "true" if "untied" in facts else modern
     return ModelSpec(
-        name=name or "case", source="cases", family=arch, hidden=hidden, vocab=vocab,
-        blocks=(Block(count=layers, attention=attention, mlp=mlp),),
-        positions="rotary" if gated else "learned", max_positions=seq_len,
-        learned_positions=0 if gated else seq_len, tie_embeddings=not gated,
-        norm="rmsnorm" if gated else "layernorm", norm_bias=not gated,
+        name=name or "case", source="cases", family=arch, hidden=hidden, vocab=vocab, blocks=blocks,
+        positions="rotary" if modern else "learned", max_positions=seq_len,
+        learned_positions=0 if modern else seq_len, tie_embeddings=not untied,
+        norm="rmsnorm" if modern else "layernorm", norm_bias=not modern,
         residual_dropout=attention.dropout, embedding_dropout=attention.dropout,
     )  # fmt: skip
 
 
-def _layers_from_parameters(parameters: float, hidden: int, vocab: int, a: Attention, m: Mlp) -> int:
-    """Depth that gives about the stated size: (n_params − embedding) / parameters of a block."""
+def _layers_from_parameters(
+    parameters: float, hidden: int, vocab: int, a: Attention, m: Mlp, pp: int
+) -> int:
+    """Depth that gives about the stated size, a multiple of pp: (n_params − embedding) / block."""
     up = 3 if m.gated else 2
-    block = 2 * hidden * (a.q_width + a.k_width) + up * hidden * m.ffn * max(1, m.experts)
-    return max(1, round((parameters - vocab * hidden) / block))
+    block = hidden * (a.q_width + a.k_width + a.v_width + a.out_width)
+    block += up * hidden * m.ffn * max(1, m.experts)
+    return max(1, round((parameters - vocab * hidden) / block / pp)) * pp
 
 
-def _strategy(row: Mapping[str, str], gpus: int, zero: int) -> Strategy:
-    tp, pp, cp = (_count(row, k, 1) or 1 for k in ("tp", "pp", "cp"))
-    dp = _count(row, "dp")
+def _ranks(row: Mapping[str, str]) -> tuple[int, int]:
+    """(GPUs, data-parallel ranks). Rows that give no GPUs have at least one rank an expert group."""
+    tp, pp, cp, ep = (_count(row, k, 1) or 1 for k in ("tp", "pp", "cp", "ep"))
+    gpus, dp = _count(row, "gpus"), _count(row, "dp")
     if dp is None:
+        gpus = gpus or tp * pp * cp * ep
         if gpus % (tp * pp * cp):
             raise UsageError(f"tp {tp} · pp {pp} · cp {cp} does not divide {gpus} GPUs")
         dp = gpus // (tp * pp * cp)
-    micro = _count(row, "micro_batch", 1) or 1
-    batch = _count(row, "global_batch") or micro * dp
+    return gpus or tp * pp * cp * dp, dp
+
+
+def _batches(row: Mapping[str, str], software: Software, dp: int, pp: int) -> tuple[int, int]:
+    """(micro_batch, grad_accum). FSDP in a pipeline cuts a rank's batch into pp micro-batches where the
+    row does not say (torchtitan's default); elsewhere one sequence at a time."""
+    micro, batch = _count(row, "micro_batch"), _count(row, "global_batch")
+    if micro is None:
+        whole = max(1, (batch or dp) // dp)
+        micro = max(1, whole // pp) if software.family == "fsdp" and pp > 1 else 1
+    return micro, max(1, round((batch or micro * dp) / (micro * dp)))
+
+
+def _strategy(row: Mapping[str, str], software: Software, dp: int, zero: int) -> Strategy:
+    tp, pp, cp = (_count(row, k, 1) or 1 for k in ("tp", "pp", "cp"))
+    micro, accumulate = _batches(row, software, dp, pp)
     word = (row.get("activation_checkpointing") or "none").strip() or "none"
     if word not in ("none", "selective", "full"):
         raise UsageError(f"activation_checkpointing: {word!r} is none, selective or full")
+    sequence = _facts(row).get("seq_parallel", str(software.family == "fsdp").lower())
     return Strategy(
         zero=zero, dp=dp, tp=tp, pp=pp, cp=cp,
         vpp=_count(row, "vpp", 1) or 1, ep=_count(row, "ep", 1) or 1,
-        micro_batch=micro, grad_accum=max(1, round(batch / (micro * dp))),
+        micro_batch=micro, grad_accum=accumulate,
         activation_checkpointing=word,  # type: ignore[arg-type]
+        sequence_parallel=tp > 1 and sequence == "true",
         offload_optimizer="cpu" if "offload" in (row.get("zero") or "") else "none",
     )  # fmt: skip
 
@@ -174,28 +234,52 @@ def _attention(row: Mapping[str, str], software: Software) -> str:
     return "eager" if software.family == "megatron" and not word else "flash"
 
 
+def _finetune(row: Mapping[str, str]) -> Finetune | None:
+    """Adapters: a LoRA rank, a method in the notes, or quantized weights, which cannot be trained."""
+    rank, quant = _count(row, "lora_rank"), (row.get("quant") or "none").strip().lower()
+    method = _facts(row).get("method", "")
+    bits = quant.removeprefix("bnb.")
+    if bits not in ("nf4", "nf4-dq", "int8"):
+        bits = "none"
+    known = method if method in ("lora", "adapter", "adapter_v2") else ""
+    if rank is None and not known and bits == "none":
+        return None
+    return Finetune(
+        method=known or "lora",  # type: ignore[arg-type]
+        rank=rank or Finetune().rank,
+        quant=bits,  # type: ignore[arg-type]
+    )
+
+
+def _optimizer(row: Mapping[str, str]) -> Optimizer:
+    word = (row.get("optimizer") or "adamw").strip().lower().replace("-", "_")
+    known = get_args(get_type_hints(Optimizer)["name"])
+    return Optimizer(name=word if word in known else "adamw")  # type: ignore[arg-type]
+
+
 def express(row: Mapping[str, str]) -> Case:
     """A row in the project's nouns. Raises UsageError or UnknownName where that is impossible."""
     software = software_of(row.get("framework") or "")
+    if _facts(row).get("torch.compile") == "false" and software.kernels == "compiled":
+        software = replace(software, loss="hf")
     if not (row.get("gpu") or "").strip():
         raise UsageError("the row names no gpu")
     a = accelerator((row["gpu"]).strip())
-    gpus = _count(row, "gpus")
-    tp, pp, cp, dp = (_count(row, k, 1) or 1 for k in ("tp", "pp", "cp", "dp"))
-    gpus = gpus or tp * pp * cp * dp
+    gpus, dp = _ranks(row)
     per_node = min(_count(row, "gpus_per_node", 8) or 8, gpus)
     text = (row.get("zero") or "0").strip() or "0"
     zero = int(text[0]) if text[:1] in "0123" else -1
     if zero < 0:
         raise UsageError(f"zero: {text!r} is none of 0, 1, 2, 3, 3-offload")
     spec = _spec(row, software)
-    strategy = _strategy(row, gpus, zero)
+    strategy = _strategy(row, software, dp, zero)
     precision = (row.get("precision") or "bf16").strip()
     seq_len = _count(row, "seq_len", min(2048, spec.max_positions)) or 2048
     job = Job(
         model=spec.name, seq_len=seq_len, global_batch=strategy.global_batch, steps=1,
         precision=precision,  # type: ignore[arg-type]
         attention=_attention(row, software),  # type: ignore[arg-type]
+        optimizer=_optimizer(row), finetune=_finetune(row),
     )  # fmt: skip
     cluster = cluster_of(a, gpus=gpus, per_node=per_node, interconnect=row.get("interconnect") or "")
     return Case(

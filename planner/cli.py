@@ -72,7 +72,9 @@ class Question:
 @job_options
 @strategy_options
 @format_option("table", "json")
-@click.option("--cases", help="CSV of many configurations; needs --out. Columns: docs/reference/cases.md.")
+@click.option(
+    "--cases", help="CSV of many configurations; needs --out. Columns: docs/reference/cases.md."
+)
 @click.option("--out", help="Write there instead of stdout.")
 def estimate(
     job_file: str | None, format_: str, cases: str | None, out: str | None, **flags: Any
@@ -92,11 +94,15 @@ def estimate(
     flags, given = split_strategy(flags)
     q = Question(job_file, flags)
     strategy, batch_note = _one_strategy(q, given)
-    problems = broken(strategy, Context(spec=q.spec, job=q.job, cluster=q.cluster), kinds=("arithmetic",))
+    problems = broken(
+        strategy, Context(spec=q.spec, job=q.job, cluster=q.cluster), kinds=("arithmetic",)
+    )
     if problems:
         rule, message = problems[0]
         raise UsageError(message, why=f"{rule.name}: {rule.evidence}")
-    result = estimate_dict(q.spec, q.job, q.cluster, evaluate(q.spec, q.job, q.cluster, Candidates.of([strategy])), 0)
+    result = estimate_dict(
+        q.spec, q.job, q.cluster, evaluate(q.spec, q.job, q.cluster, Candidates.of([strategy])), 0
+    )
     result["assumptions"] = q.assumptions + batch_note + result["assumptions"]
     if format_ == "json":
         from outlay.planner.spec.files import to_json
@@ -194,7 +200,11 @@ def emit_deepspeed(plan_file: str, out: str | None) -> None:
 
     p = read_plan(plan_file)
     spec = spec_from_config(p.model.config, name=p.model.name, source=plan_file)
-    problems = broken(p.strategy, Context(spec=spec, job=p.job, cluster=p.cluster), kinds=("arithmetic", "deepspeed"))
+    problems = broken(
+        p.strategy,
+        Context(spec=spec, job=p.job, cluster=p.cluster),
+        kinds=("arithmetic", "deepspeed"),
+    )
     if problems:
         rule, message = problems[0]
         raise UsageError(message, where=plan_file, why=f"{rule.name}: {rule.evidence}")
@@ -225,4 +235,3 @@ def catalog_show(name: str) -> None:
     from outlay.profiles.loader import accelerator
 
     click.echo(to_yaml(accelerator(name)), nl=False)
-

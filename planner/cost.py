@@ -28,7 +28,9 @@ class RunCost:
     """Null where no price is known."""
 
 
-def run_cost(cluster: Cluster, step_low_s: float, step_s: float, step_high_s: float, steps: int) -> RunCost:
+def run_cost(
+    cluster: Cluster, step_low_s: float, step_s: float, step_high_s: float, steps: int
+) -> RunCost:
     """`steps` steps on all of the cluster. Set-up, evaluation and saving are not in it."""
     time = Range(low=step_low_s * steps, expected=step_s * steps, high=step_high_s * steps)
     hours = time.expected / 3600

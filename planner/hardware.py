@@ -12,7 +12,9 @@ from outlay.profiles.errors import UsageError
 from outlay.profiles.loader import Accelerator, accelerator, instance, read_yaml
 from outlay.profiles.units import parse_count
 
-_CATALOG = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]*):(?P<count>[\d_,]+)(?:/(?P<per_node>\d+))?$", re.I)
+_CATALOG = re.compile(
+    r"^(?P<name>[a-z0-9][a-z0-9._-]*):(?P<count>[\d_,]+)(?:/(?P<per_node>\d+))?$", re.I
+)
 _INSTANCE = re.compile(r"^(?P<provider>[a-z0-9-]+)/(?P<name>[A-Za-z0-9._-]+)(?::(?P<count>\d+))?$")
 
 DEFAULT_PER_NODE = 8
@@ -73,7 +75,9 @@ def _usable(a: Accelerator) -> tuple[int, tuple[str, ...]]:
     if a.usable_bytes is not None:
         return a.usable_bytes, ()
     if a.memory_bytes is not None:
-        return a.memory_bytes, (f"usable memory of {a.name} is unknown: the marketed size is taken",)
+        return a.memory_bytes, (
+            f"usable memory of {a.name} is unknown: the marketed size is taken",
+        )
     do = "use --hardware probe" if a.kind == "cpu" else "describe the machine in a cluster file"
     raise UsageError(f"the catalog does not know how much memory {a.name} has", do=do)
 
@@ -99,7 +103,7 @@ def _from_catalog(match: re.Match[str], gbps: float | None, price: float | None)
         ranks_per_node=per_node,
         usable_bytes=usable,
         intra=_intra_link(a, per_node),
-        inter=_inter_link(gbps, per_node, nodes, "--inter-node-gbps" ),
+        inter=_inter_link(gbps, per_node, nodes, "--inter-node-gbps"),
         source=f"catalog:{match.string}",
         price_usd_per_h=price,
         price_source=None if price is None else "--price-usd-per-h",
@@ -122,7 +126,9 @@ def _from_instance(match: re.Match[str], gbps: float | None, price: float | None
         source = "--price-usd-per-h"
     elif on_demand is not None:
         price = on_demand * count
-        source = f"{node.provider} {node.name} on demand, {node.price_date or 'undated'}: {node.source}"
+        source = (
+            f"{node.provider} {node.name} on demand, {node.price_date or 'undated'}: {node.source}"
+        )
     return Cluster(
         accelerator=a,
         nodes=count,
@@ -174,10 +180,17 @@ def read_cluster(path: str | Path) -> Cluster:
 
 
 def resolve_hardware(
-    reference: str, *, inter_node_gbps: float | None = None, price_usd_per_h: float | None = None, ranks: int | None = None
+    reference: str,
+    *,
+    inter_node_gbps: float | None = None,
+    price_usd_per_h: float | None = None,
+    ranks: int | None = None,
 ) -> Cluster:
     """The cluster that `--hardware` means. Raises UsageError or UnknownName."""
-    for flag, value in (("--inter-node-gbps", inter_node_gbps), ("--price-usd-per-h", price_usd_per_h)):
+    for flag, value in (
+        ("--inter-node-gbps", inter_node_gbps),
+        ("--price-usd-per-h", price_usd_per_h),
+    ):
         if value is not None and not 0 <= value < 1e12:
             raise UsageError(f"{value} makes no sense", where=flag)
     if reference == "probe":

@@ -101,11 +101,23 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
         notes.append({"what": what, "value": value, "source": f"default: {why}"})
         return value
 
-    seq_len = file.seq_len if file.seq_len is not None else default(
-        "seq_len", min(DEFAULT_SEQ_LEN, spec.max_positions), f"at most {DEFAULT_SEQ_LEN} and the model's positions"
+    seq_len = (
+        file.seq_len
+        if file.seq_len is not None
+        else default(
+            "seq_len",
+            min(DEFAULT_SEQ_LEN, spec.max_positions),
+            f"at most {DEFAULT_SEQ_LEN} and the model's positions",
+        )
     )
-    batch = file.global_batch if file.global_batch is not None else default(
-        "global_batch", DEFAULT_BATCH_PER_RANK * cluster.ranks, f"{DEFAULT_BATCH_PER_RANK} sequences a rank"
+    batch = (
+        file.global_batch
+        if file.global_batch is not None
+        else default(
+            "global_batch",
+            DEFAULT_BATCH_PER_RANK * cluster.ranks,
+            f"{DEFAULT_BATCH_PER_RANK} sequences a rank",
+        )
     )
     for name, value in (("seq_len", seq_len), ("global_batch", batch)):
         if value < 1:

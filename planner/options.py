@@ -22,7 +22,7 @@ def model_options(function: F) -> F:
     """--model and --hardware with what describes them further."""
     options: list[Callable[[F], F]] = [
         click.option("--model", help="Preset, folder or config.json of transformers."),
-        click.option("--hardware", help="probe (default), ACCELERATOR:COUNT[/PER_NODE], PROVIDER/INSTANCE:COUNT, or cluster.yaml."),
+        click.option("--hardware", help="probe (default), ACCELERATOR:COUNT[/PER_NODE], PROVIDER/INSTANCE:COUNT, cluster.yaml."),
         click.option("--inter-node-gbps", type=float, help="Network of one node, gigabits a second."),
         click.option("--price-usd-per-h", type=float, help="Of all the hardware, where the catalog has no price."),
     ]  # fmt: skip
@@ -32,11 +32,15 @@ def model_options(function: F) -> F:
 def job_options(function: F) -> F:
     """What to train."""
     options: list[Callable[[F], F]] = [
-        click.option("--data", help="Text file or folder, or a folder written by `outlay data prepare`."),
+        click.option(
+            "--data", help="Text file or folder, or a folder written by `outlay data prepare`."
+        ),
         click.option("--tokens", help="Tokens to train on, e.g. 20B."),
         click.option("--steps", type=int, help="Optimizer steps, instead of --tokens."),
         click.option("--seq-len", type=int, help="Tokens a sequence."),
-        click.option("--global-batch", type=int, help="Sequences an optimizer step, over all ranks."),
+        click.option(
+            "--global-batch", type=int, help="Sequences an optimizer step, over all ranks."
+        ),
         click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"])),
         click.option("--optimizer", type=click.Choice(["adamw", "adam", "sgd"])),
         click.option("--attention", type=click.Choice(["eager", "sdpa", "flash"])),

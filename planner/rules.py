@@ -49,8 +49,12 @@ RULES: list[Rule] = []
 def _rule(
     name: str, kind: str, evidence: str, message: Callable[[Strategy, Context], str]
 ) -> Callable[[Callable[[Candidates, Context], Array]], Callable[[Candidates, Context], Array]]:
-    def register(forbids: Callable[[Candidates, Context], Array]) -> Callable[[Candidates, Context], Array]:
-        RULES.append(Rule(name=name, kind=kind, forbids=forbids, message=message, evidence=evidence))
+    def register(
+        forbids: Callable[[Candidates, Context], Array],
+    ) -> Callable[[Candidates, Context], Array]:
+        RULES.append(
+            Rule(name=name, kind=kind, forbids=forbids, message=message, evidence=evidence)
+        )
         return forbids
 
     return register
@@ -60,8 +64,10 @@ def _rule(
     "world_is_ranks",
     "arithmetic",
     "world = dp·tp·pp·cp·sp",
-    lambda s, x: f"dp {s.dp} · tp {s.tp} · pp {s.pp} · cp {s.cp} · sp {s.sp} = {s.world}, "
-    f"but the hardware has {x.cluster.ranks} ranks",
+    lambda s, x: (
+        f"dp {s.dp} · tp {s.tp} · pp {s.pp} · cp {s.cp} · sp {s.sp} = {s.world}, "
+        f"but the hardware has {x.cluster.ranks} ranks"
+    ),
 )
 def world_is_ranks(c: Candidates, x: Context) -> Array:
     return np.asarray(c.dp * c.tp * c.pp * c.cp * c.sp != x.cluster.ranks)
@@ -71,8 +77,10 @@ def world_is_ranks(c: Candidates, x: Context) -> Array:
     "batch_closes",
     "deepspeed",
     "runtime/config.py:602-650 (train_batch = micro × accumulation × dp)",
-    lambda s, x: f"micro_batch {s.micro_batch} · grad_accum {s.grad_accum} · dp {s.dp} = {s.global_batch}, "
-    f"not the global batch {x.job.global_batch}",
+    lambda s, x: (
+        f"micro_batch {s.micro_batch} · grad_accum {s.grad_accum} · dp {s.dp} = {s.global_batch}, "
+        f"not the global batch {x.job.global_batch}"
+    ),
 )
 def batch_closes(c: Candidates, x: Context) -> Array:
     return np.asarray(c.micro_batch * c.grad_accum * c.dp != x.job.global_batch)
@@ -102,8 +110,10 @@ def pipeline_without_zero_2(c: Candidates, x: Context) -> Array:
     "tensor_parallel_divides_heads",
     "deepspeed",
     "module_inject/auto_tp.py: attention heads are split whole",
-    lambda s, x: f"tp {s.tp} does not divide the attention heads "
-    + ", ".join(sorted({f"{b.attention.heads}/{b.attention.kv_heads}" for b in x.spec.blocks})),
+    lambda s, x: (
+        f"tp {s.tp} does not divide the attention heads "
+        + ", ".join(sorted({f"{b.attention.heads}/{b.attention.kv_heads}" for b in x.spec.blocks}))
+    ),
 )
 def tensor_parallel_divides_heads(c: Candidates, x: Context) -> Array:
     bad = np.zeros(len(c), bool)
@@ -150,7 +160,9 @@ def fp16_needs_gpu(c: Candidates, x: Context) -> Array:
     "deepspeed_runs_there",
     "deepspeed",
     "DeepSpeed has no accelerator backend for it",
-    lambda s, x: f"DeepSpeed does not train on {x.cluster.accelerator.title}; it can be sized and priced only",
+    lambda s, x: (
+        f"DeepSpeed does not train on {x.cluster.accelerator.title}; it can be sized and priced only"
+    ),
 )
 def deepspeed_runs_there(c: Candidates, x: Context) -> Array:
     return np.full(len(c), not x.cluster.accelerator.deepspeed)
@@ -180,7 +192,9 @@ def offload_needs_zero(c: Candidates, x: Context) -> Array:
     "sequence_fits_positions",
     "arithmetic",
     "a learned position table has no rows beyond it",
-    lambda s, x: f"sequence length {x.job.seq_len} exceeds the model's {x.spec.max_positions} learned positions",
+    lambda s, x: (
+        f"sequence length {x.job.seq_len} exceeds the model's {x.spec.max_positions} learned positions"
+    ),
 )
 def sequence_fits_positions(c: Candidates, x: Context) -> Array:
     too_long = x.spec.positions == "learned" and x.job.seq_len > x.spec.max_positions
@@ -201,8 +215,10 @@ def not_run_by_deepspeed(c: Candidates, x: Context) -> Array:
     "runner_does_not_yet",
     "runner",
     "outlay run executes ZeRO 0-3, data parallel and pipeline; the others are a later capability",
-    lambda s, x: "outlay run does not execute tensor, sequence or expert parallel, Megatron sequence parallel, "
-    "offload, selective or partial checkpointing, or a fused loss yet",
+    lambda s, x: (
+        "outlay run does not execute tensor, sequence or expert parallel, Megatron sequence parallel, "
+        "offload, selective or partial checkpointing, or a fused loss yet"
+    ),
 )
 def runner_does_not_yet(c: Candidates, x: Context) -> Array:
     return np.asarray(
@@ -212,7 +228,9 @@ def runner_does_not_yet(c: Candidates, x: Context) -> Array:
     )  # fmt: skip
 
 
-def allowed(c: Candidates, x: Context, *, kinds: tuple[str, ...] = ("arithmetic", "deepspeed", "runner")) -> Array:
+def allowed(
+    c: Candidates, x: Context, *, kinds: tuple[str, ...] = ("arithmetic", "deepspeed", "runner")
+) -> Array:
     """True where no rule of these kinds forbids the candidate; [n]."""
     ok = np.ones(len(c), bool)
     for rule in RULES:
@@ -221,7 +239,12 @@ def allowed(c: Candidates, x: Context, *, kinds: tuple[str, ...] = ("arithmetic"
     return ok
 
 
-def broken(strategy: Strategy, x: Context, *, kinds: tuple[str, ...] = ("arithmetic", "deepspeed", "runner")) -> list[tuple[Rule, str]]:
+def broken(
+    strategy: Strategy,
+    x: Context,
+    *,
+    kinds: tuple[str, ...] = ("arithmetic", "deepspeed", "runner"),
+) -> list[tuple[Rule, str]]:
     """The rules that one strategy breaks, each with its message."""
     one = Candidates.of([strategy])
     return [

@@ -71,7 +71,9 @@ def _columns(c: Candidates) -> dict[str, Array]:
     return {name: getattr(c, name) for name in Candidates.__dataclass_fields__}
 
 
-def search(spec: ModelSpec, job: Job, cluster: Cluster, fixed: dict[str, int] | None = None) -> SearchResult:
+def search(
+    spec: ModelSpec, job: Job, cluster: Cluster, fixed: dict[str, int] | None = None
+) -> SearchResult:
     """Best strategy first. Raises NotFeasible where nothing is legal or nothing fits."""
     context = Context(spec=spec, job=job, cluster=cluster)
     space = candidates_for(job, cluster, fixed or {})
@@ -93,7 +95,9 @@ def search(spec: ModelSpec, job: Job, cluster: Cluster, fixed: dict[str, int] | 
     return SearchResult(estimates=estimates, order=order, considered=len(space))
 
 
-def _nothing_legal(space: Candidates, x: Context, fixed: dict[str, int]) -> UsageError | NotFeasible:
+def _nothing_legal(
+    space: Candidates, x: Context, fixed: dict[str, int]
+) -> UsageError | NotFeasible:
     ranks, batch = x.cluster.ranks, x.job.global_batch
     if not len(space):
         return UsageError(
@@ -143,7 +147,9 @@ def explain(result: SearchResult, cluster: Cluster, i: int) -> str:
     return f"{slower:.1%} slower, mostly {part.replace('_', ' ')} (+{format_seconds(extra)} a step)"
 
 
-def alternatives(result: SearchResult, cluster: Cluster, count: int = 12) -> tuple[Alternative, ...]:
+def alternatives(
+    result: SearchResult, cluster: Cluster, count: int = 12
+) -> tuple[Alternative, ...]:
     """The next best that fit, then the fastest of those that do not, each with its reason."""
     e = result.estimates
     assert e.step is not None

@@ -42,7 +42,9 @@ def _parse(text: str, suffixes: dict[str, float], what: str, where: str) -> floa
     value, unit = split_number(text, where=where)
     if unit not in suffixes:
         known = ", ".join(s for s in suffixes if s)
-        raise UsageError(f"{text!r}: {unit!r} is not a unit of {what}", where=where, do=f"use {known}")
+        raise UsageError(
+            f"{text!r}: {unit!r} is not a unit of {what}", where=where, do=f"use {known}"
+        )
     if value < 0:
         raise UsageError(f"{text!r}: {what} cannot be negative", where=where)
     scaled = value * suffixes[unit]
@@ -73,7 +75,11 @@ def format_bytes(value_bytes: float) -> str:
     """`3221225472` → `"3.00 GiB"`."""
     for size, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(value_bytes) >= size:
-            return f"{value_bytes / size:.2f} {name}" if size >= GIB else f"{value_bytes / size:.0f} {name}"
+            return (
+                f"{value_bytes / size:.2f} {name}"
+                if size >= GIB
+                else f"{value_bytes / size:.0f} {name}"
+            )
     return f"{value_bytes:.0f} B"
 
 

@@ -108,5 +108,8 @@ def with_strategy(plan: Plan, **changes: object) -> Plan:
     )
     spec = spec_from_config(plan.model.config, name=plan.model.name, source=plan.model.source)
     return dataclasses.replace(
-        plan, job=job, strategy=strategy, deepspeed=deepspeed_config(job, strategy, spec, plan.cluster)
+        plan,
+        job=job,
+        strategy=strategy,
+        deepspeed=deepspeed_config(job, strategy, spec, plan.cluster),
     )

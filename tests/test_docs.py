@@ -19,7 +19,7 @@ def test_the_reference_is_what_the_code_says(name: str) -> None:
     assert (ROOT / "docs/reference" / name).read_text() == PAGES[name](), "run `make docs`"
 
 
-PAGES_OF_PROSE = [p for p in (ROOT / "docs").rglob("*.md")] + [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES_OF_PROSE = [*list((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
 @pytest.mark.parametrize("path", PAGES_OF_PROSE, ids=lambda p: str(p.relative_to(ROOT)))

@@ -12,7 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
-    "profiles": ("outlay.planner", "outlay.runner", "torch", "deepspeed", "transformers", "pandas", "numpy"),
+    "profiles": (
+        "outlay.planner",
+        "outlay.runner",
+        "torch",
+        "deepspeed",
+        "transformers",
+        "pandas",
+        "numpy",
+    ),
     "planner": ("outlay.runner", "deepspeed", "torch", "transformers", "pandas"),
 }
 """By room: what it may not import at module level (deepspeed and the runner: nowhere)."""
@@ -62,7 +70,9 @@ def test_the_check_itself_sees_a_violation() -> None:
     assert violations("planner", "import torch\n", "x") == ["x:1: torch"]
     assert violations("planner", "def f():\n    import torch\n", "x") == []
     assert violations("planner", "def f():\n    import deepspeed\n", "x") == ["x:2: deepspeed"]
-    assert violations("profiles", "from outlay.planner import cost\n", "x") == ["x:1: outlay.planner"]
+    assert violations("profiles", "from outlay.planner import cost\n", "x") == [
+        "x:1: outlay.planner"
+    ]
 
 
 def modules_after(code: str, *args: str, cwd: Path) -> set[str]:
@@ -87,7 +97,16 @@ main()
     [
         ("--help",),
         ("estimate", "--model", "config.json", "--hardware", "h100-sxm:8", "--steps", "10"),
-        ("plan", "--model", "config.json", "--hardware", "h100-sxm:8", "--steps", "10", "--dry-run"),
+        (
+            "plan",
+            "--model",
+            "config.json",
+            "--hardware",
+            "h100-sxm:8",
+            "--steps",
+            "10",
+            "--dry-run",
+        ),
         ("probe",),
     ],
 )

@@ -17,6 +17,7 @@ from outlay.planner.spec.strategy import Strategy
 
 _OPTIMIZER_TYPE = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 
+
 def _zero_section(strategy: Strategy, spec: ModelSpec) -> dict[str, Any]:
     default_reduce, default_gather = bucket_sizes(spec, strategy.tp, strategy.pp)
     reduce_bucket = strategy.reduce_bucket_size or default_reduce
@@ -47,7 +48,9 @@ def _zero_section(strategy: Strategy, spec: ModelSpec) -> dict[str, Any]:
     return section
 
 
-def deepspeed_config(job: Job, strategy: Strategy, spec: ModelSpec, cluster: Cluster) -> dict[str, Any]:
+def deepspeed_config(
+    job: Job, strategy: Strategy, spec: ModelSpec, cluster: Cluster
+) -> dict[str, Any]:
     """The configuration that `deepspeed.initialize` takes, for 0.19.8.
 
     The learning-rate schedule is the runner's (it must anneal within the budget), so there is no

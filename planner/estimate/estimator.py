@@ -150,7 +150,9 @@ def _step_dict(e: Estimates, i: int) -> dict[str, Any] | None:
     }
 
 
-def _throughput(spec: ModelSpec, job: Job, cluster: Cluster, e: Estimates, i: int) -> dict[str, Any] | None:
+def _throughput(
+    spec: ModelSpec, job: Job, cluster: Cluster, e: Estimates, i: int
+) -> dict[str, Any] | None:
     if e.step is None:
         return None
     seconds = float(e.step.time_s[i])
@@ -207,7 +209,9 @@ def _assumptions(cluster: Cluster, e: Estimates, job: Job) -> list[dict[str, Any
     return rows
 
 
-def estimate_dict(spec: ModelSpec, job: Job, cluster: Cluster, e: Estimates, i: int) -> dict[str, Any]:
+def estimate_dict(
+    spec: ModelSpec, job: Job, cluster: Cluster, e: Estimates, i: int
+) -> dict[str, Any]:
     """Candidate `i` in the format that `outlay estimate --format json` prints."""
     counts = parameter_counts(spec)
     headroom = cluster.usable_bytes - float(e.memory.device[i])

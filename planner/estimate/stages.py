@@ -44,7 +44,9 @@ def item_costs(spec: ModelSpec, seq_len: int) -> list[float]:
     """Forward FLOPs a token of each item: embedding, blocks, norm + head."""
     costs = [0.0]
     for block in spec.blocks:
-        flops = block_matmul_flops_per_token(spec, block) + attention_flops_per_token(block, seq_len)
+        flops = block_matmul_flops_per_token(spec, block) + attention_flops_per_token(
+            block, seq_len
+        )
         costs += [flops] * block.count
     return [*costs, head_flops_per_token(spec)]
 
@@ -55,11 +57,14 @@ def partition(spec: ModelSpec, seq_len: int, pp: int, *, uniform: bool = False) 
 
     Balanced: the least possible maximum of the stages' forward cost (binary search over the limit,
     greedy fill), every stage with at least one block. Uniform: the same number of blocks each
-    (Megatron), embedding with the first and head with the last.
+    (Megatron), embedding with the first and head with the last; where only layers + 2 divides by
+    pp, embedding and head each take the place of a block.
     """
     layers = spec.layers
     if pp == 1:
         return (0, layers + 2)
+    if uniform and layers % pp and (layers + 2) % pp == 0:
+        return tuple(range(0, layers + 3, (layers + 2) // pp))
     if uniform or pp >= layers:
         edges = [1 + round(s * layers / pp) for s in range(pp + 1)]
         return (0, *edges[1:-1], layers + 2)
@@ -131,7 +136,10 @@ def _stage_list(spec: ModelSpec, seq_len: int, pp: int, uniform: bool) -> tuple[
 
 
 def _weight(spec: ModelSpec, stage: _Stage, seq_len: int) -> float:
-    return sum(n * block_matmul_flops_per_token(spec, b) for n, b in zip(stage.blocks, spec.blocks, strict=True))
+    return sum(
+        n * block_matmul_flops_per_token(spec, b)
+        for n, b in zip(stage.blocks, spec.blocks, strict=True)
+    )
 
 
 def stage_loads(spec: ModelSpec, seq_len: int, pp: Array, *, uniform: bool = False) -> StageLoads:

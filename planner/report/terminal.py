@@ -59,18 +59,28 @@ def cluster_rows(cluster: Cluster) -> list[tuple[str, str]]:
         rows.append(("driver", f"{cluster.driver}, CUDA {cluster.cuda}"))
     if host := cluster.host:
         rows += [
-            ("host", f"{host.cpu_model}, {host.cores} cores usable, {', '.join(host.flags) or 'no vector flags'}"),
+            (
+                "host",
+                f"{host.cpu_model}, {host.cores} cores usable, {', '.join(host.flags) or 'no vector flags'}",
+            ),
             ("RAM", f"{format_bytes(host.ram_bytes)}, {format_bytes(host.available_bytes)} free"),
             ("disk", f"{format_bytes(host.disk_free_bytes)} free here"),
         ]
     if rates := cluster.rates:
         flops = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in rates.gemm_flops.items())
-        rows.append(("measured", f"a rank of {rates.ranks}: {flops}; memory {rates.memory_bytes_per_s / 1e9:.3g} GB/s"))
+        rows.append(
+            (
+                "measured",
+                f"a rank of {rates.ranks}: {flops}; memory {rates.memory_bytes_per_s / 1e9:.3g} GB/s",
+            )
+        )
         if rates.all_reduce:
             size, seconds = rates.all_reduce[-1]
             rows.append(("all-reduce", f"{format_bytes(size)} in {format_seconds(seconds)}"))
     price = cluster.price_usd_per_h
-    rows.append(("price", "unknown" if price is None else f"{price:.4g} USD/h ({cluster.price_source})"))
+    rows.append(
+        ("price", "unknown" if price is None else f"{price:.4g} USD/h ({cluster.price_source})")
+    )
     return rows
 
 
@@ -116,7 +126,9 @@ def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
 def print_estimate(console: Console, e: dict[str, Any]) -> None:
     console.print(_pairs(estimate_rows(e)))
     memory, step = e["memory"], e["step"]
-    console.print(_parts_table("memory at the peak", memory["parts"], memory["device_bytes"], format_bytes))
+    console.print(
+        _parts_table("memory at the peak", memory["parts"], memory["device_bytes"], format_bytes)
+    )
     if step is not None:
         console.print(_parts_table("time of a step", step["parts"], step["time_s"], format_seconds))
     print_assumptions(console, e["assumptions"])
@@ -132,7 +144,9 @@ def print_assumptions(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def print_plan(console: Console, plan: Plan, *, out: str | None) -> None:
     console.print(_pairs(estimate_rows(plan.estimate)))
-    console.print(f"{plan.considered} strategies looked at, {plan.feasible} fit. The next:", highlight=False)
+    console.print(
+        f"{plan.considered} strategies looked at, {plan.feasible} fit. The next:", highlight=False
+    )
     grid = table("strategy", "step", "memory", "verdict", "why not")
     for other in plan.alternatives:
         grid.add_row(

@@ -134,9 +134,7 @@ def line_of(path: str | Path, keys: tuple[Any, ...]) -> str:
 
 def to_yaml(value: Any) -> str:
     """YAML in the order of the fields, one document."""
-    return yaml.dump(
-        plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
-    )
+    return yaml.dump(plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def to_json(value: Any) -> str:
@@ -155,8 +153,8 @@ def write_text(path: str | Path, text: str) -> None:
                 out.write(text)
                 out.flush()
                 os.fsync(out.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

@@ -40,14 +40,22 @@ class Budget:
         amount, unit = split_number(text, where=where)
         if unit not in _BUDGET_UNITS:
             known = "usd, s, min, h, d, gpuh, kWh, kgCO2e"
-            raise UsageError(f"{text!r}: unknown unit {unit!r}", where=where, do=f"use one of {known}")
+            raise UsageError(
+                f"{text!r}: unknown unit {unit!r}", where=where, do=f"use one of {known}"
+            )
         kind, factor = _BUDGET_UNITS[unit]
         if not amount > 0:
             raise UsageError(f"{text!r} leaves nothing to run with", where=where)
         return cls(kind=kind, amount=amount * factor)
 
     def __str__(self) -> str:
-        unit = {"money": "usd", "hours": "h", "gpu_hours": "gpuh", "energy": "kWh", "carbon": "kgCO2e"}
+        unit = {
+            "money": "usd",
+            "hours": "h",
+            "gpu_hours": "gpuh",
+            "energy": "kWh",
+            "carbon": "kgCO2e",
+        }
         return f"{self.amount:.6g}{unit[self.kind]}"
 
 

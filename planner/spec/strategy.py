@@ -53,7 +53,9 @@ class Strategy:
     def label(self) -> str:
         """Short name for tables, e.g. `ZeRO-2 dp2 mb4 ga4 ckpt`."""
         parts = [f"ZeRO-{self.zero}", f"dp{self.dp}"]
-        parts += [f"{k}{v}" for k in ("tp", "pp", "vpp", "cp", "sp", "ep") if (v := getattr(self, k)) > 1]
+        parts += [
+            f"{k}{v}" for k in ("tp", "pp", "vpp", "cp", "sp", "ep") if (v := getattr(self, k)) > 1
+        ]
         parts += [f"mb{self.micro_batch}", f"ga{self.grad_accum}"]
         if self.activation_checkpointing != "none":
             parts.append("ckpt" if self.activation_checkpointing == "full" else "ckpt-selective")

@@ -77,7 +77,9 @@ def comparison(run_dir: Path, memory: list[MemoryReading] | None = None) -> list
     return rows
 
 
-def _row(name: str, unit: str, source: Any, key: str, low: str, high: str, measured: float | None) -> Row:
+def _row(
+    name: str, unit: str, source: Any, key: str, low: str, high: str, measured: float | None
+) -> Row:
     if source is None:
         return Row(quantity=name, unit=unit, predicted=None, low=None, high=None, measured=measured)
     return Row(
@@ -118,7 +120,14 @@ def _cost_row(root: Path, plan: Any, e: dict[str, Any]) -> Row:
     price, step = plan.cluster.price_usd_per_h, e["step"]
     measured_s = json.loads(folder.measurement.read_text())["step_s"]
     if price is None or step is None or not steps:
-        return Row(quantity="cost of the steps", unit="USD", predicted=None, low=None, high=None, measured=None)
+        return Row(
+            quantity="cost of the steps",
+            unit="USD",
+            predicted=None,
+            low=None,
+            high=None,
+            measured=None,
+        )
     usd = price / 3600 * steps
     return Row(
         quantity=f"cost of {steps} steps", unit="USD", predicted=step["time_s"] * usd,

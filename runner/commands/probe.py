@@ -15,7 +15,9 @@ from outlay.planner.spec.files import to_json, to_yaml
 
 @click.command()
 @click.option("--ranks", type=click.IntRange(1), help="Processes on a CPU machine (default: two).")
-@click.option("--measure", is_flag=True, help="Time matrix multiplies, memory and all-reduce (about 20 s).")
+@click.option(
+    "--measure", is_flag=True, help="Time matrix multiplies, memory and all-reduce (about 20 s)."
+)
 @click.option("--price-usd-per-h", type=float, help="What this machine costs an hour.")
 @format_option("table", "json", "yaml")
 @click.option("--out", help="Also write the cluster to this file, for --hardware.")

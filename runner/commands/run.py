@@ -72,12 +72,22 @@ def _show_outcome(outcome: Outcome) -> None:
 
 @click.command()
 @click.argument("plan_file")
-@click.option("--dir", "run_dir", default="run", show_default=True, help="The run's folder; must be new.")
-@click.option("--data", help="Text, or a folder that `outlay data prepare` wrote; instead of the plan's.")
-@click.option("--budget", multiple=True, help="Instead of the plan's: 5usd, 30min, 10gpuh; repeatable.")
+@click.option(
+    "--dir", "run_dir", default="run", show_default=True, help="The run's folder; must be new."
+)
+@click.option(
+    "--data", help="Text, or a folder that `outlay data prepare` wrote; instead of the plan's."
+)
+@click.option(
+    "--budget", multiple=True, help="Instead of the plan's: 5usd, 30min, 10gpuh; repeatable."
+)
 @click.option("--price-usd-per-h", type=float, help="What all of this machine costs an hour.")
-@click.option("--measure-memory", is_flag=True, help="Measure peak memory in a separate short run first.")
-@click.option("--dry-run", is_flag=True, help="Check that the plan fits this machine; start nothing.")
+@click.option(
+    "--measure-memory", is_flag=True, help="Measure peak memory in a separate short run first."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Check that the plan fits this machine; start nothing."
+)
 @click.option("--quiet", is_flag=True, help="No progress.")
 def run(
     plan_file: str,
@@ -109,14 +119,18 @@ def run(
     here = probe(ranks=plan.strategy.world if plan.cluster.kind == "cpu" else None)
     if dry_run:
         check_machine(plan, here)
-        click.echo(f"{plan_file} fits this machine: {plan.strategy.label()}, {plan.job.steps} steps")
+        click.echo(
+            f"{plan_file} fits this machine: {plan.strategy.label()}, {plan.job.steps} steps"
+        )
         return
     if measure_memory:
         from outlay.runner.memory_probe import run_memory_probe
 
         check_machine(plan, here)
         readings = run_memory_probe(plan)
-        click.echo("peak memory measured: " + ", ".join(str(r.growth_bytes) for r in readings), err=True)
+        click.echo(
+            "peak memory measured: " + ", ".join(str(r.growth_bytes) for r in readings), err=True
+        )
     outcome = run_plan(plan, Path(run_dir), here=here, started_s=started_s, quiet=quiet)
     _show_outcome(outcome)
     sys.exit(outcome.exit_code)
@@ -124,7 +138,9 @@ def run(
 
 @click.command()
 @click.argument("run_dir")
-@click.option("--budget", multiple=True, help="Instead of the run's, for all its attempts together.")
+@click.option(
+    "--budget", multiple=True, help="Instead of the run's, for all its attempts together."
+)
 @click.option("--price-usd-per-h", type=float)
 @click.option("--quiet", is_flag=True, help="No progress.")
 def resume(

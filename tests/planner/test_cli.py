@@ -44,7 +44,9 @@ def files(tmp_path: Path, tiny_config: Path, cpu_cluster: Cluster) -> tuple[str,
     return str(tiny_config), str(path)
 
 
-def commands(group: click.Command, prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
+def commands(
+    group: click.Command, prefix: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], click.Command]]:
     found = [(prefix, group)]
     if isinstance(group, click.Group):
         context = click.Context(group)
@@ -91,7 +93,11 @@ def test_estimate_prints_the_documented_json(invoke: Invoke, files: tuple[str, s
         value["memory"]["device_bytes"], abs=len(value["memory"]["parts"])
     )
     assert sum(value["step"]["parts"].values()) == pytest.approx(value["step"]["time_s"])
-    assert value["memory"]["low_bytes"] < value["memory"]["device_bytes"] < value["memory"]["high_bytes"]
+    assert (
+        value["memory"]["low_bytes"]
+        < value["memory"]["device_bytes"]
+        < value["memory"]["high_bytes"]
+    )
     assert value["run"]["cost_usd"]["low"] < value["run"]["cost_usd"]["high"]
     assert value["strategy"]["zero"] == 1
     assert any("micro_batch" in row["what"] for row in value["assumptions"])
@@ -99,7 +105,15 @@ def test_estimate_prints_the_documented_json(invoke: Invoke, files: tuple[str, s
 
 def test_what_does_not_fit_is_a_result(invoke: Invoke) -> None:
     code, out, _ = invoke(
-        "estimate", "--model", "llama-3-70b", "--hardware", "rtx-4090:1", "--steps", "1", "--format", "json"
+        "estimate",
+        "--model",
+        "llama-3-70b",
+        "--hardware",
+        "rtx-4090:1",
+        "--steps",
+        "1",
+        "--format",
+        "json",
     )
     assert code == 0
     value = json.loads(out)
@@ -114,7 +128,9 @@ def test_estimate_as_a_table(invoke: Invoke, files: tuple[str, str]) -> None:
         assert word in out
 
 
-def test_plan_writes_a_file_that_reads_back(invoke: Invoke, files: tuple[str, str], tmp_path: Path) -> None:
+def test_plan_writes_a_file_that_reads_back(
+    invoke: Invoke, files: tuple[str, str], tmp_path: Path
+) -> None:
     code, out, _ = invoke(
         "plan", "--model", files[0], "--hardware", files[1], "--seq-len", "64", "--global-batch", "8",
         "--steps", "5", "--budget", "1h", "--out", "my.yaml",
@@ -130,7 +146,9 @@ def test_plan_writes_a_file_that_reads_back(invoke: Invoke, files: tuple[str, st
 
 
 def test_a_dry_run_writes_nothing(invoke: Invoke, files: tuple[str, str], tmp_path: Path) -> None:
-    code, _, _ = invoke("plan", "--model", files[0], "--hardware", files[1], "--steps", "5", "--dry-run")
+    code, _, _ = invoke(
+        "plan", "--model", files[0], "--hardware", files[1], "--steps", "5", "--dry-run"
+    )
     assert code == 0
     assert not (tmp_path / "plan.yaml").exists()
 
@@ -138,7 +156,19 @@ def test_a_dry_run_writes_nothing(invoke: Invoke, files: tuple[str, str], tmp_pa
 def test_an_edited_plan_that_breaks_a_rule_is_refused(
     invoke: Invoke, files: tuple[str, str], tmp_path: Path
 ) -> None:
-    invoke("plan", "--model", files[0], "--hardware", files[1], "--global-batch", "8", "--steps", "5", "--zero", "1")
+    invoke(
+        "plan",
+        "--model",
+        files[0],
+        "--hardware",
+        files[1],
+        "--global-batch",
+        "8",
+        "--steps",
+        "5",
+        "--zero",
+        "1",
+    )
     path = tmp_path / "plan.yaml"
     path.write_text(path.read_text().replace("micro_batch: ", "micro_batch: 1", 1))
     code, _, err = invoke("emit", "deepspeed", "plan.yaml")
@@ -153,10 +183,26 @@ def test_an_edited_plan_that_breaks_a_rule_is_refused(
         (("estimate", "--model", "nope"), 2, "unknown model"),
         (("estimate", "--model", "./nope.json"), 2, "no such file"),
         (("estimate", "--model", "gpt2", "--hardware", "h100-sxm:0"), 2, "at least one"),
-        (("estimate", "--model", "gpt2", "--hardware", "h100-sxm:8", "--tp", "3"), 2, "does not divide"),
-        (("estimate", "--model", "gpt2", "--hardware", "h100-sxm:8", "--micro-batch", "7"), 2, "does not divide"),
-        (("estimate", "--model", "gpt2", "--hardware", "h100-sxm:8", "--tokens", "-5"), 2, "negative"),
-        (("estimate", "--model", "gpt2", "--hardware", "h100-sxm:8", "--budget", "5"), 2, "unknown unit"),
+        (
+            ("estimate", "--model", "gpt2", "--hardware", "h100-sxm:8", "--tp", "3"),
+            2,
+            "does not divide",
+        ),
+        (
+            ("estimate", "--model", "gpt2", "--hardware", "h100-sxm:8", "--micro-batch", "7"),
+            2,
+            "does not divide",
+        ),
+        (
+            ("estimate", "--model", "gpt2", "--hardware", "h100-sxm:8", "--tokens", "-5"),
+            2,
+            "negative",
+        ),
+        (
+            ("estimate", "--model", "gpt2", "--hardware", "h100-sxm:8", "--budget", "5"),
+            2,
+            "unknown unit",
+        ),
         (("estimate", "--zero", "4"), 2, "--zero"),
         (("estimate", "--cases", "nope.csv", "--out", "x.csv"), 2, "cannot be read"),
         (("estimate", "--cases", "nope.csv"), 2, "--out"),

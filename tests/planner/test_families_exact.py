@@ -28,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 
 
 FAST = settings(
-    max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
 
 

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from outlay.planner.jobs import JobFile, read_job_file
 from outlay.planner.planning import make_plan, read_plan
 from outlay.planner.spec.cluster import Cluster
-from outlay.planner.spec.files import check_schema, parse, plain, read_mapping, to_json, to_yaml, write_text
+from outlay.planner.spec.files import (
+    check_schema,
+    parse,
+    plain,
+    read_mapping,
+    to_json,
+    to_yaml,
+    write_text,
+)
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.measurement import Event, Measurement, Outcome
 from outlay.planner.spec.model import ModelSpec
@@ -42,7 +50,9 @@ def golden(name: str, keys: set[str]) -> None:
     assert keys == expected, f"gone: {sorted(expected - keys)}; new: {sorted(keys - expected)}"
 
 
-def test_keys_of_plan_and_estimate(tiny_spec: ModelSpec, tiny_job: Job, cpu_cluster: Cluster) -> None:
+def test_keys_of_plan_and_estimate(
+    tiny_spec: ModelSpec, tiny_job: Job, cpu_cluster: Cluster
+) -> None:
     plan = plain(make_plan(tiny_spec, {"model_type": "llama"}, tiny_job, cpu_cluster))
     golden("estimate", key_paths(plan["estimate"]))
     plan["estimate"] = plan["deepspeed"] = None
@@ -165,7 +175,9 @@ def test_strategies_round_trip(
     assert Candidates.of([s]).strategy(0) == s
 
 
-@pytest.mark.parametrize("text", ["5000", "-5usd", "0usd", "0h", "abc", "5 parsecs", "nanusd", "1,5usd"])
+@pytest.mark.parametrize(
+    "text", ["5000", "-5usd", "0usd", "0h", "abc", "5 parsecs", "nanusd", "1,5usd"]
+)
 def test_nonsense_budgets(text: str) -> None:
     from outlay.planner.spec.job import Budget
 

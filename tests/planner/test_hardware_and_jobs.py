@@ -96,7 +96,9 @@ def test_defaults_are_stated(tiny_spec: ModelSpec, cpu_cluster: Cluster) -> None
     assert resolved.job.tokens - resolved.job.tokens_per_step < 1_000_000_000
 
 
-def test_what_is_given_is_not_called_an_assumption(tiny_spec: ModelSpec, cpu_cluster: Cluster) -> None:
+def test_what_is_given_is_not_called_an_assumption(
+    tiny_spec: ModelSpec, cpu_cluster: Cluster
+) -> None:
     file = JobFile(model="m", seq_len=32, global_batch=4, precision="fp32", steps=5)
     resolved = resolve_job(file, tiny_spec, cpu_cluster)
     assert resolved.assumptions == []

@@ -104,7 +104,9 @@ def test_search_equals_brute_force(context: Context) -> None:
                             if broken(s, context) or (zero and dp == 1):
                                 continue
                             count += 1
-                            e = evaluate(context.spec, context.job, context.cluster, Candidates.of([s]))
+                            e = evaluate(
+                                context.spec, context.job, context.cluster, Candidates.of([s])
+                            )
                             assert e.step is not None
                             if e.risk[0] <= TIGHT_RISK:
                                 seconds = float(e.step.time_s[0])
@@ -152,7 +154,9 @@ def test_unknown_speed_cannot_be_ranked(context: Context) -> None:
         search(context.spec, context.job, unmeasured)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(batch=st.integers(1, 64), ranks=st.integers(1, 16))
 def test_candidates_close_the_batch(
     batch: int, ranks: int, tiny_job: Job, cpu_cluster: Cluster
