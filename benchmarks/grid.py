@@ -197,7 +197,6 @@ def main(steps: int, repeats: int, out: Path | None, only_score: bool, no_memory
     spec, config, job = demo_question(cluster)
     plans = plans_of(search(spec, job, cluster), spec, config, job, cluster)
     click.echo(f"{len(plans)} strategies x {repeats} repeats x {steps} steps", err=True)
-    memory = [[] for _ in plans] if no_memory else measure_memory(plans)
     threads = max(1, (cluster.host.cores if cluster.host else 1) // cluster.ranks)
     started = time.monotonic()
     with RankPool(cluster.ranks, threads_per_rank=threads) as pool:
@@ -208,6 +207,7 @@ def main(steps: int, repeats: int, out: Path | None, only_score: bool, no_memory
                 err=True,
             ),
         )  # fmt: skip
+    memory: list[list[int]] = [[] for _ in plans] if no_memory else measure_memory(plans)
     rows = []
     for number, (plan, timing, growth) in enumerate(zip(plans, timed, memory, strict=True)):
         row = row_of(plan, spec, cluster, number, "outlay-cpu-grid")

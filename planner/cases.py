@@ -44,12 +44,20 @@ COLUMNS_OUT = (
 VOCAB = {"llama": 32000, "moe": 32000, "bert": 30528, "t5": 32128}
 """By architecture where a row says nothing: the original tokenizers' sizes; else GPT-2's, padded."""
 GPT_VOCAB = 51200
+MICRO_BATCHES_A_STAGE = 8
+"""Of a pipeline whose batch a row does not state: a bubble of 1/8 of the work."""
 HEAD_DIM = 128
 """Where the heads are not given: the width that most models since GPT-3 have."""
+TARGET_SHARE = 4
+"""Of an encoder-decoder's input, its target is one part in: T5's span corruption makes 114 target
+tokens of 512 (arXiv 1910.10683, section 3.1.4), padded to 128."""
+EAGER_SEQ_LEN = 2048
+"""Megatron rows that do not name their attention: eager to this length, as before flash attention; a
+longer sequence's scores would not fit, so it is taken as flash."""
 LATENT = {"q_rank": 1536, "kv_rank": 512, "rope_head_dim": 64}
 """Latent attention whose sizes a row does not give: DeepSeek-V3's (arXiv 2412.19437, section 4.2)."""
 LATENT_HEAD_DIM, LATENT_VALUE_DIM = 192, 128
-_FACT = re.compile(r"\b(seq_parallel|swiglu|mla|untied|method|torch\.compile) *= *(\w+)")
+_FACT = re.compile(r"\b(seq_parallel|swiglu|mla|untied|method) *= *(\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +112,13 @@ def _count(row: Mapping[str, str], key: str, default: int | None = None) -> int 
 
 def _facts(row: Mapping[str, str]) -> dict[str, str]:
     """What has no column and is stated in `notes` as `key=value`: seq_parallel, swiglu, mla, untied,
-    method (of fine-tuning), torch.compile."""
+    method (of fine-tuning)."""
     return {key: value.lower() for key, value in _FACT.findall(row.get("notes") or "")}
+
+
+def _is_llama_like(arch: str, facts: Mapping[str, str]) -> bool:
+    """Gated MLP, RMSNorm, rotary, no biases, no dropout; else GPT-2's style."""
+    return facts["swiglu"] == "true" if "swiglu" in facts else arch in ("llama", "moe")
 
 
 def _attention_of(
@@ -114,13 +127,16 @@ def _attention_of(
     tp = _count(row, "tp", 1) or 1
     heads = _count(row, "heads") or _heads(hidden, tp)
     kv_heads = _count(row, "kv_heads") or heads
-    if hidden % heads:
+    mixture = bool(_count(row, "experts", 0))
+    if hidden % heads and not mixture:
         raise UsageError(f"heads {heads} do not divide hidden {hidden}")
     gated = arch in ("llama", "moe")
-    latent = facts.get("mla") == "true"
+    # Mixtures of experts with a k and v for each of 64 or more heads are DeepSeek-V2's descendants.
+    latent = facts.get("mla") == "true" or (mixture and heads == _count(row, "kv_heads") and heads >= 64)
+    width = max(hidden // heads, HEAD_DIM) if mixture else hidden // heads
     return Attention(
         heads=heads, kv_heads=heads if latent else kv_heads,
-        head_dim=LATENT_HEAD_DIM if latent else hidden // heads,
+        head_dim=LATENT_HEAD_DIM if latent else width,
         value_head_dim=LATENT_VALUE_DIM if latent else None,
         qkv_bias=not gated, out_bias=not gated, causal=arch != "bert",
         dropout=0.1 if software.dropout and not gated else 0.0,
@@ -131,7 +147,7 @@ def _attention_of(
 
 def _heads(hidden: int, tp: int) -> int:
     """Heads of a row that gives none: they divide hidden, tp divides them, each is about HEAD_DIM wide."""
-    possible = [n for n in range(1, hidden + 1) if hidden % n == 0 and n % tp == 0]
+    possible = [hidden // d for d in range(32, 513) if hidden % (d * tp) == 0]
     return min(possible or [1], key=lambda n: abs(math.log(hidden / n / HEAD_DIM)))
 
 
@@ -146,17 +162,17 @@ def _spec(row: Mapping[str, str], software: Software) -> ModelSpec:
             return resolve_model(name.lower())[0]
         raise UsageError(f"the row gives no hidden size, and {name!r} is no preset")
     facts = _facts(row)
-    modern = arch in ("llama", "moe")
-    gated = facts["swiglu"] == "true" if "swiglu" in facts else modern
+    gated = _is_llama_like(arch, facts)
+    litgpt = "litgpt" in (row.get("framework") or "")
     experts = _count(row, "experts", 0) or 0
     ffn = _count(row, "ffn") or (4 * hidden if not gated else -(-8 * hidden // 3 // 256) * 256)
-    vocab = _count(row, "vocab") or VOCAB.get(arch, GPT_VOCAB)
+    vocab = _count(row, "vocab") or (VOCAB.get(arch, GPT_VOCAB) if gated or arch != "moe" else GPT_VOCAB)
     attention = _attention_of(row, facts, hidden, arch, software)
     top_k = _count(row, "top_k", 1) or 1
     mlp = Mlp(
         ffn=ffn, gated=gated, bias=not gated, activation="silu" if gated else "gelu",
         experts=experts, top_k=min(top_k, experts) if experts else 0,
-        router_parameters=hidden * experts,
+        router_parameters=hidden * experts, shared_ffn=ffn if experts and attention.kv_rank else 0,
     )  # fmt: skip
     if layers is None:
         if parameters is None:
@@ -166,14 +182,16 @@ def _spec(row: Mapping[str, str], software: Software) -> ModelSpec:
     seq_len = _count(row, "seq_len", 2048) or 2048
     blocks = (Block(count=layers, attention=attention, mlp=mlp),)
     if arch == "t5":
-        encoder = replace(blocks[0], stack="encoder", attention=replace(attention, causal=False))
-        blocks = (encoder, replace(blocks[0], norms=3, cross_attention=replace(attention, causal=False)))
-    untied = facts["untied"] == "true" if "untied" in facts else modern
+        half = replace(blocks[0], count=max(1, layers // 2))
+        encoder = replace(half, stack="encoder", attention=replace(attention, causal=False))
+        blocks = (encoder, replace(half, norms=3, cross_attention=replace(attention, causal=False)))
+    untied = facts["untied"] == "true" if "untied" in facts else gated or litgpt
+    rotary = gated or litgpt
     return ModelSpec(
         name=name or "case", source="cases", family=arch, hidden=hidden, vocab=vocab, blocks=blocks,
-        positions="rotary" if modern else "learned", max_positions=seq_len,
-        learned_positions=0 if modern else seq_len, tie_embeddings=not untied,
-        norm="rmsnorm" if modern else "layernorm", norm_bias=not modern,
+        positions="rotary" if rotary else "learned", max_positions=seq_len,
+        learned_positions=0 if rotary else seq_len, tie_embeddings=not untied,
+        norm="rmsnorm" if gated else "layernorm", norm_bias=not gated,
         residual_dropout=attention.dropout, embedding_dropout=attention.dropout,
     )  # fmt: skip
 
@@ -202,11 +220,14 @@ def _ranks(row: Mapping[str, str]) -> tuple[int, int]:
 
 def _batches(row: Mapping[str, str], software: Software, dp: int, pp: int) -> tuple[int, int]:
     """(micro_batch, grad_accum). FSDP in a pipeline cuts a rank's batch into pp micro-batches where the
-    row does not say (torchtitan's default); elsewhere one sequence at a time."""
+    row does not say (torchtitan's default); elsewhere one sequence at a time. A pipeline whose batch
+    is not stated has MICRO_BATCHES_A_STAGE of them."""
     micro, batch = _count(row, "micro_batch"), _count(row, "global_batch")
     if micro is None:
         whole = max(1, (batch or dp) // dp)
         micro = max(1, whole // pp) if software.family == "fsdp" and pp > 1 else 1
+    if batch is None and pp > 1:
+        return micro, MICRO_BATCHES_A_STAGE * pp
     return micro, max(1, round((batch or micro * dp) / (micro * dp)))
 
 
@@ -231,7 +252,8 @@ def _attention(row: Mapping[str, str], software: Software) -> str:
     word = (row.get("attention") or "").strip()
     if word in ("eager", "sdpa", "flash"):
         return word
-    return "eager" if software.family == "megatron" and not word else "flash"
+    seq_len = _count(row, "seq_len", 2048) or 2048
+    return "eager" if software.family == "megatron" and seq_len <= EAGER_SEQ_LEN else "flash"
 
 
 def _finetune(row: Mapping[str, str]) -> Finetune | None:
@@ -259,9 +281,7 @@ def _optimizer(row: Mapping[str, str]) -> Optimizer:
 
 def express(row: Mapping[str, str]) -> Case:
     """A row in the project's nouns. Raises UsageError or UnknownName where that is impossible."""
-    software = software_of(row.get("framework") or "")
-    if _facts(row).get("torch.compile") == "false" and software.kernels == "compiled":
-        software = replace(software, loss="hf")
+    software = software_of(row.get("framework") or "", attention=(row.get("attention") or "").strip())
     if not (row.get("gpu") or "").strip():
         raise UsageError("the row names no gpu")
     a = accelerator((row["gpu"]).strip())
@@ -280,6 +300,7 @@ def express(row: Mapping[str, str]) -> Case:
         precision=precision,  # type: ignore[arg-type]
         attention=_attention(row, software),  # type: ignore[arg-type]
         optimizer=_optimizer(row), finetune=_finetune(row),
+        target_len=max(1, seq_len // TARGET_SHARE) if spec.encoder_decoder else None,
     )  # fmt: skip
     cluster = cluster_of(a, gpus=gpus, per_node=per_node, interconnect=row.get("interconnect") or "")
     return Case(

@@ -149,14 +149,22 @@ _NETWORK = re.compile(r"(?:(\d+)x)?\s*(\d+)\s*gb(?:ps|/s)(\s*(?:/node|per node))
 def cluster_of(a: Accelerator, *, gpus: int, per_node: int, interconnect: str) -> Cluster:
     """A cluster from what a published measurement says: a count, and words on the interconnect.
 
-    `8x200Gb` and `1600Gbps/node` are the node's; a bare `400Gb/s` is one accelerator's. Where
-    nothing is said, `network.assumed_gbps_per_accelerator` of links.yaml is taken, and said so.
+    `8x200Gb` and `1600Gbps/node` are the node's; a bare `400Gb/s` is one accelerator's; Omni-Path
+    has its ports. Where nothing is said, `network.assumed_gbps_per_accelerator` of links.yaml is
+    taken by the generation of the host link, and said so.
     """
     usable, notes = _usable(a)
     nodes = -(-gpus // per_node)
-    assumed = read_yaml("efficiency/links.yaml")["network"]["assumed_gbps_per_accelerator"]
-    gbps, source = float(assumed["value"]) * per_node, f"guess: {assumed['source']}"
-    if match := _NETWORK.search(interconnect):
+    network = read_yaml("efficiency/links.yaml")["network"]
+    assumed, port = network["assumed_gbps_per_accelerator"], network["omni_path"]
+    each = float(assumed["value"])
+    for rate, known in assumed["by_pcie_bytes_per_s"].items():
+        if a.pcie_bytes_per_s and a.pcie_bytes_per_s >= float(rate):
+            each = float(known)
+    gbps, source = each * per_node, f"guess: {assumed['source']}"
+    if "omni-path" in interconnect.lower():
+        gbps, source = float(port["gbps_a_port"] * port["ports_a_node"]), str(port["source"])
+    elif match := _NETWORK.search(interconnect):
         each = float(match[2])
         node_total = each * int(match[1]) if match[1] else each * (1 if match[3] else per_node)
         gbps, source = node_total, interconnect

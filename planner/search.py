@@ -150,12 +150,13 @@ def explain(result: SearchResult, cluster: Cluster, i: int) -> str:
 def alternatives(
     result: SearchResult, cluster: Cluster, count: int = 12
 ) -> tuple[Alternative, ...]:
-    """The next best that fit, then the fastest of those that do not, each with its reason."""
+    """The next best that fit; then, of those that would be faster but do not fit, the smallest."""
     e = result.estimates
     assert e.step is not None
     others = [int(i) for i in result.order[1 : count + 1]]
-    refused = np.flatnonzero(e.risk > TIGHT_RISK)
-    refused = refused[np.argsort(e.step.time_s[refused])][: max(2, count - len(others))]
+    fastest = float(e.step.time_s[int(result.order[0])])
+    refused = np.flatnonzero((e.risk > TIGHT_RISK) & (e.step.time_s < fastest))
+    refused = refused[np.argsort(e.memory.device[refused])][:3]
     rows = []
     for i in [*others, *(int(i) for i in refused)]:
         rows.append(

@@ -81,6 +81,7 @@ def release(engine: Any | None) -> None:
 
     if engine is not None:
         engine.destroy()
+        _drop_graphs(engine)
     functional.linear = _LINEAR
     parameter_offload.FWD_MODULE_STACK.clear()
     # A cached method, so the cache holds the coordinator and its model.
@@ -94,6 +95,13 @@ def release(engine: Any | None) -> None:
             torch.distributed.destroy_process_group(group)
     groups._release_process_group_references(None)
     p2p._grid = None
+
+
+def _drop_graphs(engine: Any) -> None:
+    """A pipeline keeps its last loss: its graph holds hooks that hold the engine, out of gc's sight."""
+    for name in ("loss", "total_loss", "outputs", "fwd_outputs", "pipe_buffers", "grad_layer"):
+        if name in vars(engine):
+            setattr(engine, name, None)
 
 
 def load_weights_only(engine: Any) -> None:

@@ -30,10 +30,10 @@ from outlay.planner.estimate.kernels import (
 from outlay.planner.spec.job import Finetune
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
 
-Split = Literal["tp", "sequence", "routed", "scores"]
+Split = Literal["tp", "sequence", "routed", "scores", "cross_scores"]
 """How a tensor divides among ranks: `tp` and `routed` by tp (heads, MLP width), `sequence` only under
 sequence parallelism (norms and residual stream). `routed` also grows with the imbalance of experts,
-`scores` with the number of keys."""
+`scores` with the number of keys of this sequence, `cross_scores` with the encoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,8 @@ class SavedPerToken:
     """Inside routed experts: divide by tp, grow with imbalance."""
     scores: float
     """Bytes a token *a key*: what eager attention keeps of the score matrix; divides by tp."""
+    cross_scores: float
+    """The same of cross attention, whose keys are the encoder's tokens."""
     block_input: float
     """What stays of the block under full checkpointing; replicated."""
     per_op_sharded: float
@@ -108,16 +110,18 @@ def norm_tensors(spec: ModelSpec, ex: Execution, *, shared_input: bool = False) 
         yield Saved(name="normed", size_bytes=size * h, split="sequence", for_weight=True)
 
 
-def _scores(spec: ModelSpec, a: Attention, ex: Execution) -> Iterator[Saved]:
+def _scores(spec: ModelSpec, a: Attention, ex: Execution, split: Split) -> Iterator[Saved]:
     """Eager attention: softmax (fp32 and its cast where the module upcasts), dropout's mask and result."""
     w, in_width = ex.width, ex.kernels != "hf" or spec.family in SOFTMAX_IN_WIDTH
     size = w if in_width or w == 4 else 4.0 + w
     if a.dropout > 0:
         size += w + ex.mask_bytes
-    yield Saved(name="scores", size_bytes=a.heads * size, split="scores")
+    yield Saved(name="scores", size_bytes=a.heads * size, split=split)
 
 
-def attention_tensors(spec: ModelSpec, a: Attention, ex: Execution) -> Iterator[Saved]:
+def attention_tensors(
+    spec: ModelSpec, a: Attention, ex: Execution, *, cross: bool = False
+) -> Iterator[Saved]:
     """Rotated q and k, v, the output (the input of the o projection, the same storage), log-sum-exp.
 
     Eager attention repeats k and v to all heads and copies the output. Where q, k and v come from
@@ -141,7 +145,7 @@ def attention_tensors(spec: ModelSpec, a: Attention, ex: Execution) -> Iterator[
     yield Saved(name="v", size_bytes=w * v, split="tp", per_op=True)
     if eager:
         yield Saved(name="o input", size_bytes=w * out, split="tp", for_weight=True)
-        yield from _scores(spec, a, ex)
+        yield from _scores(spec, a, ex, "cross_scores" if cross else "scores")
         return
     yield Saved(name="attention output", size_bytes=w * out, split="tp", per_op=True)
     yield Saved(name="log-sum-exp", size_bytes=4.0 * a.heads, split="tp")
@@ -216,7 +220,7 @@ def block_tensors(spec: ModelSpec, block: Block, ex: Execution) -> Iterator[Save
         yield from norm_tensors(spec, ex, shared_input=block.parallel_residual and i > 0)
     attentions = [block.attention, *filter(None, [block.cross_attention])]
     for a in attentions:
-        yield from attention_tensors(spec, a, ex)
+        yield from attention_tensors(spec, a, ex, cross=a is block.cross_attention)
     if ex.kernels != "compiled":
         inputs = len(attentions) + (not (block.parallel_residual and block.norms == 1))
         yield Saved(
@@ -233,6 +237,8 @@ def block_tensors(spec: ModelSpec, block: Block, ex: Execution) -> Iterator[Save
 def _is_saved(tensor: Saved, ex: Execution) -> bool:
     if ex.finetune is None or not tensor.for_weight:
         return True
+    if tensor.name == "normed" and ex.finetune.method == "adapter_v2":
+        return True  # it trains the norms too
     return ex.quant_saves_input and ex.finetune.quant != "none" and tensor.linear_input
 
 
@@ -251,6 +257,7 @@ def block_saved(spec: ModelSpec, block: Block, ex: Execution) -> SavedPerToken:
         replicated=total("sequence"),
         routed=total("routed"),
         scores=total("scores"),
+        cross_scores=total("cross_scores"),
         block_input=float(spec.hidden * w),
         per_op_sharded=total("tp", "routed", per_op=True),
         per_op_replicated=2.0 * spec.hidden * w,
@@ -264,10 +271,10 @@ _LOSS_COPIES = {
     "hf": ((6.0, 14.0), (8.0, 16.0)),
     # Megatron's vocabulary-parallel loss: softmax in fp32, overwritten by its gradient, cast to 16 bits.
     "vocab_parallel": ((4.0, 6.0), (4.0, 8.0)),
-    # 16-bit throughout (litgpt): logits, log-softmax, one gradient.
-    "narrow": ((4.0, 6.0), (8.0, 12.0)),
-    # torch.compile over the loss: fp32 logits in and their gradient out, 16-bit gradient.
-    "compiled": ((4.0, 10.0), (4.0, 8.0)),
+    # litgpt: logits and log-softmax in the width; gradients for 128 tokens at a time.
+    "narrow": ((4.0, 4.0), (8.0, 8.0)),
+    # torchtitan: fp32 logits, then log-softmax, its gradient and the logits'; the 16-bit ones are freed.
+    "fp32": ((4.0, 12.0), (8.0, 16.0)),
 }
 
 

@@ -115,10 +115,14 @@ def collective_s(
     return np.where(busy, seconds + _VOLUME[kind] * _latency_s(cluster, group, figures), 0.0)
 
 
-def all_to_all_s(size_bytes: Array, ranks: Array, stride: Array, cluster: Cluster, figures: Figures) -> Array:
+def all_to_all_s(
+    size_bytes: Array, ranks: Array, stride: Array, cluster: Cluster, figures: Figures, *, copies: int = 1
+) -> Array:
     """Each rank sends `size_bytes` in all, an equal part to each rank of its group [n].
 
-    What stays in the domain goes by its link, the rest by the rank's own share of the network.
+    What stays in the domain goes by its link, the rest by the rank's own share of the network. Where
+    a token has `copies` for as many random ranks, one copy crosses to each domain and is spread there
+    (DeepSeek-V3, arXiv 2412.19437, section 3.2.2): d domains get d·(1 − (1 − 1/d)^copies) of them.
     """
     ranks, stride, size = np.broadcast_arrays(
         np.asarray(ranks, float), np.asarray(stride, float), np.asarray(size_bytes, float)
@@ -131,7 +135,9 @@ def all_to_all_s(size_bytes: Array, ranks: Array, stride: Array, cluster: Cluste
     far = np.zeros(size.shape)
     if cluster.inter is not None:
         rate = cluster.inter.bytes_per_s * figures["communication.inter_fraction"]
-        far = size * (ranks - group.inside) / ranks / rate
+        d = group.domains
+        once = d * (1.0 - (1.0 - 1.0 / d) ** copies) / copies
+        far = size * (ranks - group.inside) / ranks * once / rate
     return np.where(busy, np.maximum(near, far) + _latency_s(cluster, group, figures), 0.0)
 
 

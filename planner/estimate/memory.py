@@ -105,23 +105,36 @@ def _in_flight(c: Candidates) -> Array:
     return np.where((c.vpp > 1) & (c.pp > 1), chunks / c.vpp, plain)
 
 
+def _length(spec: ModelSpec, job: Job, stack: str) -> int:
+    """Tokens of a sequence in that stack."""
+    decoder = spec.encoder_decoder and stack == "decoder" and job.target_len is not None
+    return job.target_len if decoder and job.target_len else job.seq_len
+
+
 def _per_block(
-    s: SavedPerToken, c: Candidates, tokens: Array, seq_len: int, software: Software, imbalance: float
-) -> tuple[Array, Array, Array]:
-    """(all that one block saves, what its checkpointing keeps, its backward's temporaries), [n] bytes."""
+    s: SavedPerToken, c: Candidates, tokens: Array, keys: tuple[int, int], software: Software,
+    imbalance: float,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """(all that one block saves, what its checkpointing keeps, its backward's temporaries), [n] bytes.
+
+    `keys`: tokens of this sequence and of the encoder's.
+    """
+    scores = s.scores * keys[0] + s.cross_scores * keys[1]
     shared = np.where(c.sequence_parallel > 0, c.tp, 1)
     routed = s.routed * imbalance
     whole = tokens * (
-        (s.sharded + routed + s.scores * seq_len) / c.tp + s.replicated / shared
+        (s.sharded + routed + scores) / c.tp + s.replicated / shared
     )
-    selective = whole - tokens * s.scores * seq_len / c.tp
+    selective = whole - tokens * scores / c.tp
     if software.selective == "per_op":
         selective = tokens * (s.per_op_sharded / c.tp + s.per_op_replicated / shared)
         selective = np.minimum(selective, whole)
     full = np.minimum(tokens * s.block_input / shared, whole)
     mode = c.activation_checkpointing
     kept = np.where(mode == 2, full, np.where(mode == 1, selective, whole))
-    return whole, kept, tokens * s.transient / c.tp
+    # Sequence parallelism gathers the whole input of a linear layer, and makes its whole gradient.
+    gathered = np.where(shared > 1, 2 * s.block_input, 0.0)
+    return whole, kept, tokens * (s.transient / c.tp + gathered)
 
 
 def _activations(
@@ -134,18 +147,20 @@ def _activations(
     imbalance: float,
 ) -> tuple[Array, Array]:
     """(saved by all micro-batches in flight, alive only in one block's backward), [3, n] bytes."""
-    tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
+    sequences = c.micro_batch / (c.cp * c.sp)
     saved = np.zeros((3, len(c)))
     live = np.zeros((3, len(c)))
     for g, block in enumerate(spec.blocks):
         s = block_saved(spec, block, ex)
-        whole, kept, transient = _per_block(s, c, tokens, job.seq_len, software, imbalance)
+        length = _length(spec, job, block.stack)
+        keys = (length, job.seq_len)
+        whole, kept, transient = _per_block(s, c, sequences * length, keys, software, imbalance)
         count = loads.block_counts[:, g]
         some = np.minimum(count, np.ceil(c.recompute_layers / c.pp))
         recomputed = np.where(c.recompute_layers >= 0, some, count)
         saved += recomputed * kept + (count - recomputed) * whole
         live = np.maximum(live, np.where(count > 0, transient + (whole - kept), 0.0))
-    edge = tokens * spec.hidden * ex.width
+    edge = sequences * job.seq_len * spec.hidden * ex.width
     return _in_flight(c) * (saved + np.where(c.pp > 1, 2 * edge, edge)), live
 
 
@@ -153,7 +168,7 @@ def _logits(
     spec: ModelSpec, job: Job, c: Candidates, loads: StageLoads, width: int, software: Software
 ) -> Array:
     """Peak of the vocabulary-wide tensors during the loss, [3, n] bytes."""
-    tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
+    tokens = c.micro_batch * _length(spec, job, "decoder") / (c.cp * c.sp)
     peak = np.zeros(len(c))
     for i, name in enumerate(LOSS):
         if np.any(c.loss == i):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,7 @@ def hook_s(c: Candidates, figures: Figures) -> Array:
 
 
 def _sent(
-    spec: ModelSpec, block: Block, job: Job, c: Candidates, cluster: Cluster, core: Array, figures: Figures
+    spec: ModelSpec, block: Block, job: Job, c: Candidates, cluster: Cluster, core: Array, figures: Figures, software: Software
 ) -> _Sent:
     """tp: an all-reduce after attention and one after the MLP (Megatron, arXiv 1909.08053); under
     sequence parallelism a reduce-scatter and an all-gather of the same volume. sp (Ulysses): q, k, v
@@ -67,6 +68,8 @@ def _sent(
     tensor = np.zeros(len(c))
     if (c.tp > 1).any():
         tensor = 2.0 * collective_s("all_reduce", message, c.tp, np.ones_like(c.tp), cluster, figures)
+        if software.tensor_overlap:
+            tensor = tensor * (1.0 - figures["communication.tensor_overlap_fraction"])
     sequence = np.zeros(len(c))
     if (c.sp > 1).any():
         heads = width * tokens * (a.q_width + a.out_width + a.k_width + a.v_width) / c.tp
@@ -79,23 +82,32 @@ def _sent(
     expert = np.zeros(len(c))
     if block.mlp.experts and (c.ep > 1).any():
         routed = message * block.mlp.top_k * figures["moe.imbalance"] / np.where(c.sequence_parallel > 0, c.tp, 1)
-        expert = 2.0 * all_to_all_s(routed, c.ep, c.tp, cluster, figures) * figures["moe.dispatch_factor"]
+        # Experts may spread over the tensor-parallel ranks too (Megatron's parallel folding).
+        stride = np.clip(c.dp * c.tp * c.cp // c.ep, 1, c.tp)
+        one = all_to_all_s(routed, c.ep, stride, cluster, figures, copies=block.mlp.top_k)
+        expert = 2.0 * one * figures["moe.dispatch_factor"]
     return _Sent(tensor=tensor, sequence=sequence, expert=expert)
 
 
-def _again(c: Candidates, t: BlockTime, sent: _Sent, count: Array, family: str) -> tuple[Array, Array, Array]:
+def _again(c: Candidates, t: BlockTime, sent: _Sent, count: Array, policy: str) -> tuple[Array, Array, Array]:
     """(compute, sent, blocks) that recomputation of `count` blocks [3, n] adds.
 
     Full: the forward pass again. Selective: Megatron's attention core, or torch's per-operator
     policy, which keeps attention and every second matrix multiply.
     """
     full, selective = c.activation_checkpointing == 2, c.activation_checkpointing == 1
-    blocks = np.where(full, count, 0.0)
-    part = t.core if family != "fsdp" else t.selective
+    part = t.selective if policy == "per_op" else t.core
     chosen = np.where(c.recompute_layers >= 0, np.minimum(count, np.ceil(c.recompute_layers / c.pp)), count)
     blocks = np.where(full, chosen, 0.0)
     compute = blocks * t.recompute + np.where(selective, count, 0.0) * part
     return compute, blocks * (sent.tensor + sent.sequence + sent.expert), blocks
+
+
+def _targets(spec: ModelSpec, job: Job) -> Job:
+    """What the decoder of an encoder-decoder reads: of a sequence with 15 % of its tokens masked in
+    spans of 3, T5 makes targets of 114 tokens for 512 (Raffel et al. 2020, arXiv 1910.10683, section
+    3.1.4), padded to a quarter."""
+    return dataclasses.replace(job, seq_len=max(1, job.seq_len // 4)) if spec.encoder_decoder else job
 
 
 def _longest(kernels: Array, host: Array, software: Software) -> Array:
@@ -108,27 +120,30 @@ def micro_batch_s(
 ) -> MicroBatch:
     """Every part of one micro-batch on the slowest stage, and the pipeline's bubble."""
     loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
+    targets = _targets(spec, job)
     shape = (3, len(c))
     forward, backward, recompute = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     host_f, host_b, host_r = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     sent_f = {name: np.zeros(shape) for name in ("tensor", "sequence", "expert")}
     sent_r = np.zeros(shape)
     hooks = hook_s(c, figures) if software.family == "deepspeed" and software.start_hidden else 0.0
+    checkpoint = "compute.checkpoint_megatron_s" if software.family == "megatron" else "compute.checkpoint_start_s"
     for g, block in enumerate(spec.blocks):
         count = loads.block_counts[:, g]
-        t = block_s(spec, block, job, c, speed, figures, software)
-        sent = _sent(spec, block, job, c, cluster, t.core, figures)
+        mine = targets if block.stack == "decoder" else job
+        t = block_s(spec, block, mine, c, speed, figures, software)
+        sent = _sent(spec, block, mine, c, cluster, t.core, figures, software)
         forward += count * t.forward
         backward += count * t.backward
         host_f += count * (t.host_forward + hooks / 2.0)
         host_b += count * (t.host_backward + hooks / 2.0)
         for name in sent_f:
             sent_f[name] += count * getattr(sent, name)
-        again, collectives, blocks = _again(c, t, sent, count, software.family)
+        again, collectives, blocks = _again(c, t, sent, count, software.selective)
         recompute += again
         sent_r += collectives
-        host_r += blocks * (t.host_forward + figures["compute.checkpoint_start_s"])
-    head_forward, head_backward = head_s(spec, job, c, speed, figures)
+        host_r += blocks * (t.host_forward + figures[checkpoint])
+    head_forward, head_backward = head_s(spec, targets, c, speed, figures)
     forward += loads.has_head * head_forward
     backward += loads.has_head * head_backward
     inside = sent_f["tensor"] + sent_f["sequence"] + sent_f["expert"]

@@ -78,9 +78,10 @@ def speed_of(cluster: Cluster, precision: str, figures: Figures) -> Speed | None
     peak, memory_rate = accelerator.flops.get(base), accelerator.memory_bytes_per_s
     if peak is None or memory_rate is None or (low and low not in accelerator.flops):
         return None
-    gemm = peak * figures["compute.gemm_fraction"]
-    if base in _WIDTH:
-        gemm = gemm * figures["compute.wide_factor"]
+    if base == "fp32":
+        gemm = peak * figures["compute.fp32_fraction"]
+    else:
+        gemm = peak * figures["compute.gemm_fraction"] * (figures["compute.tf32_factor"] if base == "tf32" else 1.0)
     linear = gemm
     if low:
         linear = gemm * (accelerator.flops[low] / peak) * figures[f"compute.{low}_factor"]

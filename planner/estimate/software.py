@@ -31,10 +31,12 @@ class Software:
     of six, rotary embedding 14, projections and reshapes 20, MLP 5, residuals; torch.profiler)."""
     gradient_bytes: int | None = None
     """Of one gradient when it is reduced; null = the width of the weights."""
+    tensor_overlap: bool = False
+    """Tensor-parallel collectives run piecewise beside the products that need them."""
     master: bool = True
     """Weights and moments in fp32 beside 16-bit compute; else all is in the width (bf16-true)."""
     loss: str = "hf"
-    """How the plain loss is written: hf | vocab_parallel | narrow | compiled."""
+    """How the plain loss is written: hf | vocab_parallel | narrow | fp32."""
     selective: str = "attention"
     """What selective checkpointing recomputes: the core of `attention` (Megatron), or all but what
     torchtitan's list keeps of each operation (`per_op`)."""
@@ -47,10 +49,11 @@ class Software:
 
 
 DEEPSPEED = Software(family="deepspeed", kernels="hf", uniform_stages=False, dropout=False, overlap=0.0, start_hidden=True)
-MEGATRON = Software(family="megatron", kernels="fused", uniform_stages=True, dropout=True, overlap=1.0, start_hidden=True, block_operators=30, gradient_bytes=4, loss="vocab_parallel")
+MEGATRON = Software(family="megatron", kernels="fused", uniform_stages=True, dropout=True, overlap=0.0, start_hidden=True, block_operators=30, gradient_bytes=4, loss="vocab_parallel")
+MEGATRON_CORE = replace(MEGATRON, overlap=1.0, tensor_overlap=True)
 MEGATRON_DEEPSPEED = Software(family="megatron", kernels="fused", uniform_stages=True, dropout=True, overlap=0.0, start_hidden=True, block_operators=40, loss="vocab_parallel")
 FSDP = Software(family="fsdp", kernels="hf", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True)
-FSDP_COMPILED = Software(family="fsdp", kernels="compiled", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True, block_operators=20, gradient_bytes=4, loss="compiled", selective="per_op")
+FSDP_COMPILED = Software(family="fsdp", kernels="compiled", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True, block_operators=20, gradient_bytes=4, loss="fp32", selective="per_op")
 DDP = Software(family="ddp", kernels="fused", uniform_stages=True, dropout=True, overlap=1.0, start_hidden=True, block_operators=30)
 SINGLE = Software(family="single", kernels="hf", uniform_stages=True, dropout=False, overlap=0.0, start_hidden=True, master=False)
 LITGPT = replace(SINGLE, loss="narrow", quant_saves_input=True, quantizes_head=True)
@@ -58,11 +61,12 @@ LITGPT_FSDP = replace(FSDP, master=False, loss="narrow")
 CPU_DEEPSPEED = Software(family="deepspeed", kernels="hf", uniform_stages=False, dropout=False, overlap=0.0, start_hidden=False, mask_bytes=0)
 
 
-def software_of(framework: str) -> Software:
+def software_of(framework: str, *, attention: str = "") -> Software:
     """The family of a `framework` value of `truth/cases.csv`; unknown or empty → DeepSpeed's.
 
     Matched by what the name says: `megatron*` (Megatron-DeepSpeed too), `fsdp2*` (compiled),
-    `fsdp*`, `deepspeed*` and `hf-*`, `*ddp`, `litgpt*`, `torchtune`.
+    `fsdp*`, `deepspeed*` and `hf-*`, `*ddp`, `litgpt*`, `torchtune`. Megatron with flash attention
+    is Megatron-Core with Transformer Engine, which overlaps its collectives; earlier ones do not.
     """
     name = framework.strip().lower()
     if name.startswith("litgpt"):
@@ -72,7 +76,8 @@ def software_of(framework: str) -> Software:
     if "fsdp" in name:
         return FSDP
     if name.startswith("megatron"):
-        return MEGATRON_DEEPSPEED if "deepspeed" in name else MEGATRON
+        recent = MEGATRON_CORE if attention == "flash" else MEGATRON
+        return MEGATRON_DEEPSPEED if "deepspeed" in name else recent
     if name.endswith("ddp"):
         return DDP
     if name.startswith("torchtune"):

@@ -43,7 +43,7 @@ PARTS = (
 )
 
 _SHAPE = (
-    "tp", "pp", "vpp", "cp", "sp", "ep", "zero", "micro_batch", "activation_checkpointing",
+    "tp", "pp", "vpp", "cp", "sp", "ep", "dp", "zero", "micro_batch", "activation_checkpointing",
     "recompute_layers", "sequence_parallel",
 )  # fmt: skip
 _SHARDS = (

@@ -135,11 +135,20 @@ def print_estimate(console: Console, e: dict[str, Any]) -> None:
 
 
 def print_assumptions(console: Console, rows: list[dict[str, Any]]) -> None:
-    if rows:
-        console.print("assumed (intervals in parentheses above are 90 %):", style="bold")
+    """Defaults and notes a line each; figures that nobody measured, together."""
+    if not rows:
+        return
+    console.print("assumed (intervals in parentheses above are 90 %):", style="bold")
+    guesses = [row for row in rows if str(row["source"]).startswith("guess:")]
     for row in rows:
-        value = "" if row["value"] is None else f" = {row['value']}"
-        console.print(f"  {row['what']}{value}: {row['source']}", style="dim", highlight=False)
+        if row not in guesses:
+            value = "" if row["value"] is None else f" = {row['value']}"
+            console.print(f"  {row['what']}{value}: {row['source']}", style="dim", highlight=False)
+    if guesses:
+        names = ", ".join(f"{row['what']} {row['value']:.3g}" for row in guesses)
+        console.print(
+            f"  guessed, not measured (sources: --format json): {names}", style="dim", highlight=False
+        )
 
 
 def print_plan(console: Console, plan: Plan, *, out: str | None) -> None:

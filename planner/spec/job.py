@@ -124,6 +124,8 @@ class Job:
     gradient_clipping: float = 1.0
     objective: Literal["causal_lm"] = "causal_lm"
     attention: Literal["eager", "sdpa", "flash"] = "sdpa"
+    target_len: int | None = None
+    """Tokens of the decoder's sequence in an encoder-decoder; null = seq_len."""
     finetune: Finetune | None = None
     """Null = every weight is trained."""
     data: Data | None = None
