@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -91,6 +92,29 @@ def rules_reference() -> str:
     )
 
 
+README = Path(__file__).parent.parent / "README.md"
+_BLOCK = re.compile(r"^```\n\$ (outlay (?:[^\n]*\\\n)*[^\n]*)\n(.*?)^```$", re.M | re.S)
+
+
+def readme() -> str:
+    """README with the output of each `$ outlay …` block as the command prints it now."""
+    import shlex
+    import tempfile
+
+    from click.testing import CliRunner
+
+    from outlay.runner.cli import cli
+
+    def run(match: re.Match[str]) -> str:
+        args = shlex.split(match[1].replace("\\\n", " "))[1:]
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            result = CliRunner().invoke(cli, args, catch_exceptions=False)
+        lines = [line.rstrip() for line in result.output.rstrip().splitlines()]
+        return f"```\n$ {match[1]}\n" + "\n".join(lines) + "\n```"
+
+    return _BLOCK.sub(run, README.read_text(encoding="utf-8"))
+
+
 PAGES = {"cli.md": cli_reference, "formats.md": formats_reference, "rules.md": rules_reference}
 
 if __name__ == "__main__":
@@ -98,3 +122,5 @@ if __name__ == "__main__":
     for name, make in PAGES.items():
         (REFERENCE / name).write_text(make(), encoding="utf-8")
         click.echo(f"wrote docs/reference/{name}")
+    README.write_text(readme(), encoding="utf-8")
+    click.echo("wrote README.md")

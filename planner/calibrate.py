@@ -29,9 +29,9 @@ from outlay.profiles.errors import FileError, OutlayError
 from outlay.profiles.loader import read_yaml
 
 SCHEMA_PRIORS = "outlay/priors@1"
-NOISE = 0.10
+NOISE = 0.15
 """Relative width of one measurement's error, model error included."""
-FULL_WEIGHT = 12
+FULL_WEIGHT = 4
 """A source with more rows than this adds as the square root of its size."""
 _DIFFERENCE = 1e-3
 LEVELS = ("spread", "architecture", "accelerator")

@@ -70,8 +70,9 @@ def save_checkpoint(
 ) -> Path:
     """Collective: write, flush, hash, rename, and drop all but the newest `keep` checkpoints.
 
-    `state` (JSON) comes back from `load_checkpoint`; its `tokens` and `data` (which data; the position
-    in it follows from the step) are in the manifest too. Raises CheckpointError on every rank where rank 0 could not write.
+    `state` (JSON) comes back from `load_checkpoint`; its `tokens` and `data` (which data; the
+    position in it follows from the step) are in the manifest too. Raises CheckpointError on every
+    rank where rank 0 could not write.
     """
     final, partial = root / folder_name(step), root / (folder_name(step) + _PARTIAL)
     _on_rank_0(engine, final, lambda: _make_empty(partial))
@@ -83,7 +84,9 @@ def save_checkpoint(
 
 def load_checkpoint(engine: Engine, folder: Path) -> dict[str, Any]:
     """Collective: check every file (shared among the ranks), then load into a fresh engine."""
-    problems = _gather(engine, _problem_of(lambda: _verify_share(folder, engine.rank, engine.world)))
+    problems = _gather(
+        engine, _problem_of(lambda: _verify_share(folder, engine.rank, engine.world))
+    )
     first = next((problem for problem in problems if problem), None)
     if first is not None:
         raise first
@@ -112,7 +115,9 @@ def checkpoints(root: Path) -> list[Path]:
     """Finished checkpoint folders, oldest first; partial ones are not among them."""
     if not root.is_dir():
         return []
-    found = [(int(m[1]), p) for p in root.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))]
+    found = [
+        (int(m[1]), p) for p in root.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -135,7 +140,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if found != expected:
         raise CheckpointError(
-            "the manifest is damaged", where=str(path), why=f"sha256 expected {found}, found {expected}"
+            "the manifest is damaged",
+            where=str(path),
+            why=f"sha256 expected {found}, found {expected}",
         )
     return manifest
 
@@ -147,7 +154,9 @@ def _verify_share(folder: Path, rank: int, world: int) -> None:
             size = path.stat().st_size
         except OSError:
             raise CheckpointError(
-                "a file is missing", where=str(path), why=f"expected {entry['bytes']} bytes, found none"
+                "a file is missing",
+                where=str(path),
+                why=f"expected {entry['bytes']} bytes, found none",
             ) from None
         if size != entry["bytes"]:
             raise CheckpointError(

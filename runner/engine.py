@@ -33,6 +33,7 @@ from outlay.runner.host import tame_deepspeed
 from outlay.runner.model import Filler, blocks_of, causal_lm_loss, parts_of, recompute, skeleton
 from outlay.runner.refuse import refuse
 
+
 @dataclass(frozen=True, kw_only=True)
 class RankInfo:
     """Which rank this process is."""
@@ -127,7 +128,9 @@ class Engine:
             torch.set_float32_matmul_precision("high")
         kind: type[Engine] = Engine
         if plan.strategy.pp > 1:
-            from outlay.runner.pipeline import PipelineEngine as kind
+            from outlay.runner.pipeline import PipelineEngine
+
+            kind = PipelineEngine
         try:
             return kind(plan, kind._initialize(plan))
         except BaseException:
@@ -137,9 +140,7 @@ class Engine:
     @staticmethod
     def _initialize(plan: Plan) -> Any:
         config = copy.deepcopy(plan.deepspeed)
-        model = skeleton(
-            plan.model, precision=plan.job.precision, attention=plan.job.attention
-        )
+        model = skeleton(plan.model, precision=plan.job.precision, attention=plan.job.attention)
         filler = Filler(model, plan.model, seed=plan.job.seed, device=current_device())
         if plan.strategy.zero == 3:
             _fill_partitioned(model, filler, config)

@@ -82,10 +82,10 @@ def _layout(plan: Plan) -> dict[str, Any]:
 def _random_states() -> dict[str, Any]:
     import numpy as np
 
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), position, has_gauss, cached),
+        "numpy": (name, np.asarray(keys).tolist(), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

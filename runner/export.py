@@ -65,7 +65,9 @@ def export_safetensors(
             sync_file(path)
         _replace(partial, folder)
     except OSError as error:
-        raise FileError("the export cannot be written", where=str(folder), why=str(error)) from error
+        raise FileError(
+            "the export cannot be written", where=str(folder), why=str(error)
+        ) from error
     return folder
 
 
@@ -90,13 +92,15 @@ def _export_config(plan: Plan, dtype: torch.dtype) -> Any:
     config = model_config(plan.model)
     config.use_cache = plan.model.config.get("use_cache", True)
     config.dtype = dtype
-    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    architecture: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    config.architectures = [architecture.__name__]
     return config
 
 
 def _write_tokenizer(path: Path, config: Any, seq_len: int, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
+    load: Any = PreTrainedTokenizerFast
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise FileError("no tokenizer.json", where=str(path))
@@ -105,7 +109,7 @@ def _write_tokenizer(path: Path, config: Any, seq_len: int, folder: Path) -> Non
         shutil.copyfile(file, folder / "tokenizer.json")
         shutil.copyfile(settings, folder / "tokenizer_config.json")
         return
-    made = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    made = load(tokenizer_file=str(file))
     special = {}
     for key in ("bos_token", "eos_token", "pad_token"):
         number = getattr(config, f"{key}_id", None)
@@ -113,7 +117,7 @@ def _write_tokenizer(path: Path, config: Any, seq_len: int, folder: Path) -> Non
         if token is not None:
             special[key] = token
     limit = getattr(config, "max_position_embeddings", None) or seq_len
-    whole = PreTrainedTokenizerFast(tokenizer_file=str(file), model_max_length=limit, **special)
+    whole = load(tokenizer_file=str(file), model_max_length=limit, **special)
     whole.save_pretrained(folder)
 
 

@@ -128,7 +128,9 @@ def tame_deepspeed() -> None:
 def ops_needed(config: dict[str, Any]) -> tuple[str, ...]:
     """Names of the operators that DeepSpeed compiles for this configuration, for `build_ops`."""
     zero = config.get("zero_optimization", {})
-    devices = {zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    devices = {
+        zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")
+    }
     optimizer = config.get("optimizer", {})
     adam = optimizer.get("type", "").lower() in ("adam", "adamw")
     native = adam and not optimizer.get("params", {}).get("torch_adam", False)

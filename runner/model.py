@@ -36,7 +36,9 @@ _ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
 def dtype_of(precision: str) -> torch.dtype:
     """In which weights are kept for forward and backward."""
     if precision not in _DTYPES:
-        raise UsageError(f"precision {precision} is not run yet", do=f"use one of {', '.join(_DTYPES)}")
+        raise UsageError(
+            f"precision {precision} is not run yet", do=f"use one of {', '.join(_DTYPES)}"
+        )
     return _DTYPES[precision]
 
 
@@ -68,13 +70,14 @@ def skeleton(source: ModelSource, *, precision: str, attention: str) -> nn.Modul
     config = model_config(source)
     with torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(
+            made: nn.Module = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype_of(precision), attn_implementation=_ATTENTION[attention]
             )
         except (ImportError, ValueError) as error:
             raise UsageError(
                 f"{source.name} cannot be built with attention {attention}", why=str(error)
             ) from error
+    return made
 
 
 def build_model(
@@ -118,7 +121,8 @@ class Filler:
     def __init__(
         self, model: nn.Module, source: ModelSource, *, seed: int, device: torch.device
     ) -> None:
-        self.model, self.seed, self.device = model, seed, device
+        self.model: Any = model
+        self.seed, self.device = seed, device
         self._owners = {id(p): name for name, p in model.named_parameters()}
         self._made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         self._files = WeightFiles(Path(source.weights)) if source.weights else None
@@ -126,7 +130,7 @@ class Filler:
 
     def fill(self, part: str) -> nn.Module:
         """Fill the submodule of that name ("" = all); returns it."""
-        target = self.model.get_submodule(part)
+        target: nn.Module = self.model.get_submodule(part)
         named = [(f"{part}.{n}" if part and n else part or n, m) for n, m in target.named_modules()]
         # Children before parents: a parent may set its children's weights again (GPT-2 scales the
         # projections into the residual stream).
@@ -148,7 +152,7 @@ class Filler:
                 has_buffers = True
         if own and not mine and not has_buffers:
             return  # A tied weight: the module that owns it gives the values.
-        if self._files is None or has_buffers or not own:
+        if self._files is None or has_buffers:
             torch.manual_seed(_seed_of(self.seed, name))
             self.model._init_weights(module)
         if self._files is not None:
@@ -213,7 +217,8 @@ class WeightFiles:
         for known in (name, name.removeprefix(f"{base_prefix}.")):
             if known in self._file_of:
                 with safe_open(self.folder / self._file_of[known], framework="pt") as opened:
-                    return opened.get_tensor(known)
+                    stored: torch.Tensor = opened.get_tensor(known)
+                    return stored
         raise FileError(f"the weight {name} is not there", where=str(self.folder))
 
 
@@ -228,14 +233,14 @@ def causal_lm_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     )
 
 
-def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(model: nn.Module) -> Iterator[Any]:
     """The repeated decoder blocks of a transformers model, in order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
 
 
-def recompute(blocks: list[nn.Module], count: int | None) -> None:
+def recompute(blocks: list[Any], count: int | None) -> None:
     """Keep only the inputs of the first `count` blocks (null = all) and compute the rest again.
 
     Non-reentrant, so that a block's input need not require a gradient and hooks keep working.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ class Part(nn.Module):
     def __init__(self, stage: Stage, name: str) -> None:
         super().__init__()
         self.name = name
-        self.inner = stage.take(name)
+        self.inner: Any = stage.take(name)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """The inner module as it is."""
@@ -184,14 +185,13 @@ class DecoderBlock(Part):
 
     def __init__(self, stage: Stage, name: str, index: int) -> None:
         super().__init__(stage, name)
-        # Not a submodule: the stage belongs to all its layers.
-        object.__setattr__(self, "stage", stage)
-        self.index = index
+        self._arguments = partial(stage.arguments, index=index)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """With the positions and the mask of this shape."""
-        result = self.inner(hidden, **self.stage.arguments(hidden, self.index))
-        return result[0] if isinstance(result, tuple) else result
+        result = self.inner(hidden, **self._arguments(hidden))
+        states: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return states
 
 
 def _tied_head(embedding: Embedding, hidden: torch.Tensor) -> torch.Tensor:
@@ -222,11 +222,14 @@ def layers_of(stage: Stage, plan: Plan) -> tuple[list[LayerSpec], list[int]]:
 
     The boundaries are the planner's: the same function that estimated the stages.
     """
-    layout, count = stage.layout, len(stage.model.get_submodule(stage.layout.blocks))
+    layout = stage.layout
+    count = len(list(stage.model.get_submodule(layout.blocks).children()))
     spec = spec_from_config(plan.model.config, name=plan.model.name, source=plan.model.source)
     tied = bool(getattr(stage.config, "tie_word_embeddings", False))
     if tied:
-        first = [TiedLayerSpec(_TIE, Embedding, stage, layout.embedding, tied_weight_attr="inner.weight")]
+        first = [
+            TiedLayerSpec(_TIE, Embedding, stage, layout.embedding, tied_weight_attr="inner.weight")
+        ]
     else:
         first = [LayerSpec(Embedding, stage, layout.embedding)]
     if layout.positions or layout.dropout:

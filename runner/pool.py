@@ -172,7 +172,7 @@ class RankPool:
             for connection in ready:
                 rank = pending[id(connection)]
                 try:
-                    answers[rank] = connection.recv()  # type: ignore[union-attr]
+                    answers[rank] = self._connections[rank].recv()
                 except (EOFError, OSError):
                     code = self._processes[rank].wait()
                     self._give_up(target, f"rank {rank} died (exit code {code})", [rank])
@@ -184,7 +184,9 @@ class RankPool:
     def _give_up(self, target: str, what: str, ranks: list[int]) -> None:
         tails = [f"last lines of rank {rank}:\n{self._log_tail(rank)}" for rank in ranks]
         self.kill()
-        raise PoolError(f"{target}: {what}; all ranks of the pool are stopped", why="\n".join(tails))
+        raise PoolError(
+            f"{target}: {what}; all ranks of the pool are stopped", why="\n".join(tails)
+        )
 
     def _log(self, rank: int) -> Path:
         assert self._folder is not None

@@ -30,7 +30,9 @@ def _refuse_strategy(plan: Plan, world: int) -> None:
         )
     for key, what in _ONE_ONLY.items():
         if getattr(strategy, key) > 1:
-            raise UsageError(f"{what} ({key}={getattr(strategy, key)}) is not run yet", do="plan with 1")
+            raise UsageError(
+                f"{what} ({key}={getattr(strategy, key)}) is not run yet", do="plan with 1"
+            )
     if strategy.sequence_parallel:
         raise UsageError("sequence_parallel (Megatron's) is estimated only", do="plan without it")
     if strategy.loss != "plain":
@@ -53,7 +55,9 @@ def _refuse_precision(plan: Plan, accelerator: str) -> None:
     if precision == "fp8":
         raise UsageError("precision fp8 is estimated only", do="plan with bf16")
     if accelerator == "cpu" and precision in ("fp16", "tf32"):
-        raise UsageError(f"precision {precision} does not exist on CPU", do="plan with fp32 or bf16")
+        raise UsageError(
+            f"precision {precision} does not exist on CPU", do="plan with fp32 or bf16"
+        )
     if accelerator == "cpu" and plan.job.attention == "flash":
         raise UsageError("attention flash needs a GPU", do="plan with attention: sdpa")
     for key in ("bf16", "fp16"):

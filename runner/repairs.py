@@ -25,7 +25,9 @@ def keep_grad_norm(engine: Any) -> None:
 
     def clip() -> None:
         engine._global_grad_norm = clip_grad_norm_(
-            parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
+            parameters=engine.module.parameters(),
+            max_norm=engine.gradient_clipping(),
+            mpu=engine.mpu,
         )
 
     engine.clip_fp32_gradients = clip
@@ -85,7 +87,9 @@ def release(engine: Any | None) -> None:
     functional.linear = _LINEAR
     parameter_offload.FWD_MODULE_STACK.clear()
     # A cached method, so the cache holds the coordinator and its model.
-    cached = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    cached = vars(PartitionedParameterCoordinator)[
+        "_PartitionedParameterCoordinator__params_to_release"
+    ]
     for cell in cached.__closure__ or ():
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()

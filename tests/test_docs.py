@@ -11,12 +11,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from docs.generate import PAGES  # noqa: E402
+from docs.generate import PAGES, README, readme  # noqa: E402
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_reference_is_what_the_code_says(name: str) -> None:
     assert (ROOT / "docs/reference" / name).read_text() == PAGES[name](), "run `make docs`"
+
+
+def test_readme_shows_what_its_commands_print() -> None:
+    text = README.read_text()
+    assert text.count("$ outlay") >= 2
+    assert text == readme(), "run `make docs`"
 
 
 PAGES_OF_PROSE = [*list((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]

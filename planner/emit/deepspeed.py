@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from outlay.planner.estimate.buckets import bucket_sizes
+from outlay.planner.estimate.buckets import bucket_sizes, sub_group_size
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
@@ -38,7 +38,7 @@ def _zero_section(strategy: Strategy, spec: ModelSpec) -> dict[str, Any]:
             "stage3_param_persistence_threshold": min(100_000, 10 * spec.hidden),
             "stage3_max_live_parameters": max(4 * gather_bucket, 1_000_000),
             "stage3_max_reuse_distance": max(4 * gather_bucket, 1_000_000),
-            "sub_group_size": max(gather_bucket, 100_000_000),
+            "sub_group_size": int(sub_group_size(gather_bucket)),
             "stage3_gather_16bit_weights_on_model_save": False,
         }
     for key in ("offload_optimizer", "offload_param"):

@@ -42,23 +42,89 @@ class Software:
     torchtitan's list keeps of each operation (`per_op`)."""
     mask_bytes: int = 1
     """Of one element of a dropout mask; 0 = the width of the values (torch on a CPU)."""
+    step_in_torch: bool = False
+    """The optimizer is torch's own, operator by operator, with intermediates of its size; else fused."""
     quant_saves_input: bool = False
     """A 4-bit linear layer keeps its input though its weight is frozen."""
     quantizes_head: bool = False
     """Quantization of linear layers includes the vocabulary projection."""
 
 
-DEEPSPEED = Software(family="deepspeed", kernels="hf", uniform_stages=False, dropout=False, overlap=0.0, start_hidden=True)
-MEGATRON = Software(family="megatron", kernels="fused", uniform_stages=True, dropout=True, overlap=0.0, start_hidden=True, block_operators=30, gradient_bytes=4, loss="vocab_parallel")
+DEEPSPEED = Software(
+    family="deepspeed",
+    kernels="hf",
+    uniform_stages=False,
+    dropout=False,
+    overlap=0.0,
+    start_hidden=True,
+)
+MEGATRON = Software(
+    family="megatron",
+    kernels="fused",
+    uniform_stages=True,
+    dropout=True,
+    overlap=0.0,
+    start_hidden=True,
+    block_operators=30,
+    gradient_bytes=4,
+    loss="vocab_parallel",
+)
 MEGATRON_CORE = replace(MEGATRON, overlap=1.0, tensor_overlap=True)
-MEGATRON_DEEPSPEED = Software(family="megatron", kernels="fused", uniform_stages=True, dropout=True, overlap=0.0, start_hidden=True, block_operators=40, loss="vocab_parallel")
-FSDP = Software(family="fsdp", kernels="hf", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True)
-FSDP_COMPILED = Software(family="fsdp", kernels="compiled", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True, block_operators=20, gradient_bytes=4, loss="fp32", selective="per_op")
-DDP = Software(family="ddp", kernels="fused", uniform_stages=True, dropout=True, overlap=1.0, start_hidden=True, block_operators=30)
-SINGLE = Software(family="single", kernels="hf", uniform_stages=True, dropout=False, overlap=0.0, start_hidden=True, master=False)
+MEGATRON_DEEPSPEED = Software(
+    family="megatron",
+    kernels="fused",
+    uniform_stages=True,
+    dropout=True,
+    overlap=0.0,
+    start_hidden=True,
+    block_operators=40,
+    loss="vocab_parallel",
+)
+FSDP = Software(
+    family="fsdp", kernels="hf", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True
+)
+FSDP_COMPILED = Software(
+    family="fsdp",
+    kernels="compiled",
+    uniform_stages=True,
+    dropout=False,
+    overlap=1.0,
+    start_hidden=True,
+    block_operators=20,
+    gradient_bytes=4,
+    loss="fp32",
+    selective="per_op",
+)
+DDP = Software(
+    family="ddp",
+    kernels="fused",
+    uniform_stages=True,
+    dropout=True,
+    overlap=1.0,
+    start_hidden=True,
+    block_operators=30,
+)
+SINGLE = Software(
+    family="single",
+    kernels="hf",
+    uniform_stages=True,
+    dropout=False,
+    overlap=0.0,
+    start_hidden=True,
+    master=False,
+)
 LITGPT = replace(SINGLE, loss="narrow", quant_saves_input=True, quantizes_head=True)
 LITGPT_FSDP = replace(FSDP, master=False, loss="narrow")
-CPU_DEEPSPEED = Software(family="deepspeed", kernels="hf", uniform_stages=False, dropout=False, overlap=0.0, start_hidden=False, mask_bytes=0)
+CPU_DEEPSPEED = Software(
+    family="deepspeed",
+    kernels="hf",
+    uniform_stages=False,
+    dropout=False,
+    overlap=0.0,
+    start_hidden=False,
+    mask_bytes=0,
+    step_in_torch=True,
+)
 
 
 def software_of(framework: str, *, attention: str = "") -> Software:

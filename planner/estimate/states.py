@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from outlay.planner.estimate.buckets import sub_group_size
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.software import Software
 
@@ -95,13 +96,13 @@ def state_bytes(
     elif software.family in ("ddp", "single"):
         states = _replicated(held, c, software, width, optimizer)
     else:
-        states = _deepspeed(held, c, width, optimizer, bucket)
+        states = _deepspeed(held, c, software, width, optimizer, bucket)
     shape = np.broadcast_shapes(held.dense.shape, (3, len(c)))
     return States(**{k: np.broadcast_to(v, shape).astype(float) for k, v in states.items()})
 
 
 def _deepspeed(
-    held: Held, c: Candidates, width: int, optimizer: str, bucket: Array
+    held: Held, c: Candidates, software: Software, width: int, optimizer: str, bucket: Array
 ) -> dict[str, Array | float]:
     """DeepSpeed 0.19.8.
 
@@ -118,13 +119,18 @@ def _deepspeed(
     master = np.where((zero == 0) & (width == 4), 0, 4 * share)
     gradients = width * held.trainable * np.where(zero >= 2, shard, parameters)
     # One backward: stages 0 and 1 accumulate in place; 2 and 3 fill a bucket, then reduce it.
-    in_flight = width * np.minimum(held.trainable * parameters, np.maximum(bucket, held.largest_tensor))
+    in_flight = width * np.minimum(
+        held.trainable * parameters, np.maximum(bucket, held.largest_tensor)
+    )
     buckets = np.where((zero >= 1) & (zero <= 2), width * bucket * (1 + c.overlap_comm), 0.0)
     buckets = buckets + np.where(zero == 3, width * bucket, 0.0)
-    # Adam's out-of-place intermediates (denominator, update) for the tensor being stepped.
-    stepped = np.where(zero == 0, held.largest_tensor, share)
-    temporary = 4 * np.minimum(stepped, share) * (2 if moments else 1)
-    temporary = temporary + np.where((zero >= 1) | (width == 2), 4 * share, 0)
+    # The step works on one tensor (stage 0), the partition (1, 2) or a sub-group of it (3): the fp32
+    # copy of its gradients, and, where the optimizer is torch's (CPU), Adam's denominator and update.
+    part = np.where(zero == 3, np.minimum(share, sub_group_size(bucket)), share)
+    stepped = np.where(zero == 0, np.minimum(held.largest_tensor, share), part)
+    temporary = np.where((zero >= 1) | (width == 2), 4 * part, 0.0)
+    if software.step_in_torch and moments:
+        temporary = temporary + 8 * stepped
     return {
         "parameters": weights,
         "gradients_held": gradients,
@@ -156,7 +162,9 @@ def _megatron(
         gradients, master = 2 * parameters + 4 * share, 4.0
     else:
         gradients, master = (6 if under_deepspeed else 4) * parameters, 4.0
-    buckets = 2 * width * np.minimum(parameters, _DEFAULT_BUCKET) * (under_deepspeed & (c.zero >= 1))
+    buckets = (
+        2 * width * np.minimum(parameters, _DEFAULT_BUCKET) * (under_deepspeed & (c.zero >= 1))
+    )
     gathered = width * np.minimum(parameters, held.root + 2 * held.block)
     gradients = np.where(zero3, 4 * shard, gradients)
     return {
@@ -164,7 +172,9 @@ def _megatron(
         "gradients_held": gradients,
         "gradients_always": gradients,
         "gradients_new": np.where(zero3, (width + 4) * held.block, 0.0),
-        "optimizer_states": np.where(c.offload_optimizer > 0, 0, (master + MOMENTS[optimizer]) * share),
+        "optimizer_states": np.where(
+            c.offload_optimizer > 0, 0, (master + MOMENTS[optimizer]) * share
+        ),
         "step_temporary": 0.0,
         "communication": buckets,
         "gathered": np.where(zero3, gathered, 0.0),
@@ -185,7 +195,9 @@ def _fsdp(
     held_bytes = 4 if software.master or width == 4 else width
     replica, pipeline = c.zero == 2, (c.pp > 1) & (c.grad_accum > 1)
     whole = replica | pipeline | (c.zero < 2)
-    gathered = width * np.where(whole, parameters, np.minimum(parameters, held.root + 2 * held.block))
+    gathered = width * np.where(
+        whole, parameters, np.minimum(parameters, held.root + 2 * held.block)
+    )
     reduced = software.gradient_bytes or width
     new = (width + reduced) * np.maximum(held.block, held.root / 2)
     share = held.trainable * shard

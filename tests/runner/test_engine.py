@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any
 
 import pytest
-
 import ranks as r
+
 from outlay.profiles.errors import UsageError
 from outlay.runner.pool import RankPool
 
@@ -45,7 +45,9 @@ def reference(ranks: RankPool) -> Reference:
         ("gpt2", {"zero": 3}),
         ("qwen3", {"zero": 3}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}{v}" for k, v in value.items()),
+    ids=lambda value: (
+        value if isinstance(value, str) else "-".join(f"{k}{v}" for k, v in value.items())
+    ),
 )
 def test_two_ranks_are_one_process(
     ranks: RankPool, reference: Reference, family: str, strategy: dict[str, Any]

@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any
 
 import pytest
+from ranks import tiny_plan, with_strategy
 
 from outlay.profiles.errors import UsageError
 from outlay.runner.refuse import refuse
-from ranks import tiny_plan, with_strategy
 
 
 def test_a_plan_that_fits_passes() -> None:

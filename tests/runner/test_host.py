@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import tiny_plan
 
 from outlay.profiles.errors import OutlayError
 from outlay.runner import host
-from ranks import tiny_plan
 
 
 def _lock(folder: Path, age_s: float) -> Path:
@@ -52,7 +52,9 @@ def test_a_lock_that_nobody_can_hold_is_removed(tmp_path: Path) -> None:
 
 def test_a_lock_older_than_every_user_is_removed_and_a_younger_one_kept(tmp_path: Path) -> None:
     environment = {**os.environ, host.EXTENSIONS_VARIABLE: str(tmp_path)}
-    user = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=environment)
+    user = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=environment
+    )
     try:
         old, held = _lock(tmp_path / "a", age_s=3600), _lock(tmp_path / "b", age_s=-1)
         assert host.remove_dead_locks(tmp_path) == [old]
@@ -72,7 +74,11 @@ def test_operators_follow_optimizer_and_offload() -> None:
 
 
 def test_an_operator_that_cannot_be_compiled_is_one_error(tmp_path: Path) -> None:
-    environment = {**os.environ, host.EXTENSIONS_VARIABLE: str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    environment = {
+        **os.environ,
+        host.EXTENSIONS_VARIABLE: str(tmp_path),
+        "PYTHONPATH": str(tmp_path),
+    }
     (tmp_path / "deepspeed.py").write_text("raise SystemExit('no compiler here')\n")
     host.build_ops((), environment)
     with pytest.raises(OutlayError, match="could not compile CPUAdamBuilder") as caught:

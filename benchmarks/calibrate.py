@@ -1,0 +1,148 @@
+"""Fit the step-time figures of profiles/efficiency to measurements, and write them.
+
+    python -m benchmarks.calibrate FILE.csv…                           (GPUs)
+    python -m benchmarks.calibrate cpu-grid.csv --cluster cpu-grid.cluster.yaml   (this CPU)
+
+Deterministic: the same files give the same figures. Prints how well each is determined by the data
+(0 = the prior alone, 1 = the data alone) and the errors by source, fitted and with the source left out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import yaml
+
+from outlay.planner.calibrate import Calibration, apply, calibrate, priors
+from outlay.planner.hardware import read_cluster
+from outlay.planner.spec.files import write_text
+from outlay.profiles.loader import read_yaml
+
+_Z90 = 1.645
+FOLDER = Path(str(files("outlay.profiles"))) / "efficiency"
+
+
+def _entry(value: float, low: float, high: float, kind: str, source: str) -> dict[str, Any]:
+    return {
+        "value": float(f"{value:.4g}"),
+        "low": float(f"{low:.4g}"),
+        "high": float(f"{high:.4g}"),
+        "kind": kind,
+        "source": source,
+    }
+
+
+def fitted_figures(c: Calibration, what: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """File → figure → entry. A more particular file holds the sum of the deviations above it.
+
+    A figure is `fitted` where the data took away at least a tenth of the prior's variance; else
+    it stays what the prior was, a guess.
+    """
+    kind = "cpu" if c.rows[0].case.cluster.kind == "cpu" else "gpu"
+    believed = priors(kind)
+    index = {(p.figure, p.where): i for i, p in enumerate(c.params)}
+    architecture = {
+        r.case.cluster.accelerator.name: (r.case.cluster.accelerator.architecture or "")
+        .lower()
+        .replace(" ", "-")
+        for r in c.rows
+    }
+    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for p in c.params:
+        chain = {kind, p.where, architecture.get(p.where, "")}
+        used = [index[p.figure, where] for where in chain if (p.figure, where) in index]
+        shift = float(sum(c.fit.theta[i] for i in used))
+        width = _Z90 * float(np.sqrt(sum(c.fit.deviation[i] ** 2 for i in used)))
+        low, value, high = (
+            float(apply(believed[p.figure], shift + d)) for d in (-width, 0.0, width)
+        )
+        learned = max(float(c.fit.determined[i]) for i in used)
+        prior = believed[p.figure]
+        source = f"{what}; determined {learned:.0%}; prior {prior.value:g}: {prior.source}"
+        label = "fitted" if learned >= 0.1 else "guess"
+        found[p.where][p.figure] = _entry(value, low, high, label, source)
+    return found
+
+
+def conformal_width(residual: np.ndarray[Any, Any], coverage: float = 0.90) -> float:
+    """Half width w such that [x/(1+w), x·(1+w)] covered that share of the rows left out."""
+    size = np.sort(np.abs(residual))
+    rank = min(len(size) - 1, int(np.ceil(coverage * (len(size) + 1))) - 1)
+    return float(np.expm1(size[rank]))
+
+
+def write_figures(name: str, figures: dict[str, dict[str, Any]]) -> None:
+    """Merge into profiles/efficiency/NAME.yaml; its comment lines at the head stay."""
+    path = FOLDER / f"{name}.yaml"
+    head = f"# Figures fitted for {name} by benchmarks/calibrate.py.\n"
+    merged: dict[str, Any] = {}
+    if path.exists():
+        text = path.read_text()
+        head = "".join(line for line in text.splitlines(True) if line.startswith("#"))
+        merged = dict(read_yaml(f"efficiency/{name}.yaml")["figures"])
+    merged |= figures
+    lines = [head.rstrip("\n"), "schema: outlay/efficiency@1", "figures:"]
+    for key, entry in merged.items():
+        body = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000).strip()
+        lines.append(f"  {key}:\n    {body}")
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def report(c: Calibration) -> str:
+    """Errors by source, and what the parameters came to."""
+    sources = np.array([r.source for r in c.rows])
+    lines = ["source, rows, median error fitted / left out, 90th percentile fitted / left out"]
+    medians = []
+    for name in sorted(set(sources)):
+        here = sources == name
+        fit, out = (np.abs(np.expm1(-r[here])) for r in (c.residual, c.left_out))
+        medians.append((np.median(fit), np.median(out)))
+        lines.append(
+            f"{name[:48]:<48} {here.sum():>4}  {np.median(fit):6.1%} {np.median(out):6.1%}"
+            f"   {np.quantile(fit, 0.9):6.1%} {np.quantile(out, 0.9):6.1%}"
+        )
+    mean = np.mean(medians, axis=0)
+    lines.append(f"mean of the medians: fitted {mean[0]:.1%}, source left out {mean[1]:.1%}")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.argument("cases", nargs=-1, required=True, type=Path)
+@click.option("--cluster", type=Path, help="Cluster file of the machine that CPU rows ran on.")
+@click.option("--dry-run", is_flag=True, help="Print; write nothing.")
+def main(cases: tuple[Path, ...], cluster: Path | None, dry_run: bool) -> None:
+    """Fit and write."""
+    machine = None if cluster is None else read_cluster(cluster)
+    c = calibrate(cases, cluster=machine)
+    names = ", ".join(path.name for path in cases)
+    what = f"fitted to {len(c.rows)} step times of {names}, {datetime.now(UTC).date()}"
+    click.echo(report(c))
+    figures = fitted_figures(c, what)
+    cpu = c.rows[0].case.cluster.kind == "cpu"
+    width = conformal_width(c.residual if cpu else c.left_out)
+    click.echo(f"half width of the 90 % interval: {width:.1%}")
+    for where, entries in figures.items():
+        for key, entry in entries.items():
+            click.echo(
+                f"{where:<22} {key:<40} {entry['value']:<10} "
+                f"({entry['low']} to {entry['high']}) {entry['kind']}"
+            )
+    if dry_run:
+        return
+    key = "interval.step_fraction_" + ("measured_rates" if cpu else "datasheet")
+    text = "90th percentile of the fit's own residuals" if cpu else "split conformal, source left out"
+    figures["cpu" if cpu else "gpu"][key] = _entry(
+        width, width / 2, width * 2, "fitted", f"{text}; {what}"
+    )
+    for where, entries in figures.items():
+        write_figures(where, entries)
+
+
+if __name__ == "__main__":
+    main()
