@@ -22,7 +22,9 @@ def cli_reference() -> str:
     parts = [HEAD + "# The command line\n"]
 
     def add(command: click.Command, path: tuple[str, ...], parent: click.Context | None) -> None:
-        context = click.Context(command, info_name=path[-1], parent=parent, terminal_width=96)
+        context = click.Context(
+            command, info_name=path[-1], parent=parent, terminal_width=96, **command.context_settings
+        )
         title = " ".join(path)
         parts.append(f"## `{title}`\n\n```\n{command.get_help(context)}\n```\n")
         if isinstance(command, click.Group):

@@ -41,7 +41,7 @@ COLUMNS_OUT = (
     "predicted_memory_high_gib", "fits", "verdict", "oom_probability", "error",
 )  # fmt: skip
 
-VOCAB = {"llama": 32000, "moe": 32000, "bert": 30528, "t5": 32128}
+VOCAB = {"llama": 32000, "moe": 32000, "bert": 30528, "t5": 32128, "mt5": 250112}
 """By architecture where a row says nothing: the original tokenizers' sizes; else GPT-2's, padded."""
 GPT_VOCAB = 51200
 MICRO_BATCHES_A_STAGE = 8
@@ -166,7 +166,7 @@ def _spec(row: Mapping[str, str], software: Software) -> ModelSpec:
     litgpt = "litgpt" in (row.get("framework") or "")
     experts = _count(row, "experts", 0) or 0
     ffn = _count(row, "ffn") or (4 * hidden if not gated else -(-8 * hidden // 3 // 256) * 256)
-    vocab = _count(row, "vocab") or (VOCAB.get(arch, GPT_VOCAB) if gated or arch != "moe" else GPT_VOCAB)
+    vocab = _count(row, "vocab") or (VOCAB.get("mt5" if name.startswith("mt5") else arch, GPT_VOCAB) if gated or arch != "moe" else GPT_VOCAB)
     attention = _attention_of(row, facts, hidden, arch, software)
     top_k = _count(row, "top_k", 1) or 1
     mlp = Mlp(

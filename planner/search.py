@@ -59,7 +59,7 @@ def candidates_for(job: Job, cluster: Cluster, fixed: dict[str, int]) -> Candida
     dp = cluster.ranks // model_parallel
     accum = job.global_batch // np.maximum(c.micro_batch * dp, 1)
     c = Candidates(**(_columns(c) | {"dp": dp, "grad_accum": accum}))
-    keep = (c.dp >= 1) & (c.grad_accum >= 1)
+    keep = (c.dp >= 1) & (c.micro_batch * accum * dp == job.global_batch)
     keep &= (c.zero == 0) | (c.dp > 1) | ("zero" in fixed)
     for key in ("dp", "grad_accum"):
         if key in fixed:

@@ -9,7 +9,7 @@ import numpy as np
 
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.communication import Figures, all_to_all_s, collective_s, transfer_s
-from outlay.planner.estimate.operators import BlockTime, Speed, block_s, head_s, width_of
+from outlay.planner.estimate.operators import BlockTime, Speed, block_s, head_s, host_spread, width_of
 from outlay.planner.estimate.pipeline import bubble_s
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, stage_loads
@@ -142,7 +142,7 @@ def micro_batch_s(
         again, collectives, blocks = _again(c, t, sent, count, software.selective)
         recompute += again
         sent_r += collectives
-        host_r += blocks * (t.host_forward + figures[checkpoint])
+        host_r += blocks * (t.host_forward + figures[checkpoint] * host_spread(c, figures))
     head_forward, head_backward = head_s(spec, targets, c, speed, figures)
     forward += loads.has_head * head_forward
     backward += loads.has_head * head_backward

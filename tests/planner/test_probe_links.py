@@ -59,7 +59,7 @@ def figures(value: object) -> list[dict[str, object]]:
 
 def test_every_figure_has_bounds_a_kind_and_a_source() -> None:
     found = figures(DATA)
-    assert len(found) == 5
+    assert len(found) == 7
     for figure in found:
         assert set(figure) == {"value", "low", "high", "kind", "source"}
         low, value, high = figure["low"], figure["value"], figure["high"]

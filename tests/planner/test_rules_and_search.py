@@ -165,5 +165,8 @@ def test_candidates_close_the_batch(
     cluster = dataclasses.replace(cpu_cluster, ranks_per_node=ranks)
     c = candidates_for(job, cluster, {})
     assert np.all(c.dp * c.tp * c.pp == ranks)
-    closes = c.micro_batch * c.grad_accum * c.dp == batch
-    assert np.all(closes | (batch % (c.micro_batch * c.dp) != 0))
+    assert np.all(c.micro_batch * c.grad_accum * c.dp == batch)
+    for dp in divisors(ranks):
+        if batch % dp == 0:
+            micro = {m for m in divisors(batch) if batch // dp % m == 0}
+            assert set(c.micro_batch[c.dp == dp].tolist()) == micro
