@@ -10,7 +10,6 @@ Deterministic: the same files give the same figures. Prints how well each is det
 from __future__ import annotations
 
 from collections import defaultdict
-from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,15 @@ import numpy as np
 import yaml
 
 from outlay.planner.calibrate import Calibration, apply, calibrate, priors
+from outlay.planner.estimate.efficiency import architecture_of
 from outlay.planner.hardware import read_cluster
 from outlay.planner.spec.files import write_text
 from outlay.profiles.loader import read_yaml
 
 _Z90 = 1.645
+SOURCES_A_REGIME = 3
+"""From so many sources on, an architecture has an interval of its own."""
+ROWS_A_REGIME = 20
 FOLDER = Path(str(files("outlay.profiles"))) / "efficiency"
 
 
@@ -48,10 +51,7 @@ def fitted_figures(c: Calibration, what: str) -> dict[str, dict[str, dict[str, A
     believed = priors(kind)
     index = {(p.figure, p.where): i for i, p in enumerate(c.params)}
     architecture = {
-        r.case.cluster.accelerator.name: (r.case.cluster.accelerator.architecture or "")
-        .lower()
-        .replace(" ", "-")
-        for r in c.rows
+        r.case.cluster.accelerator.name: architecture_of(r.case.cluster.accelerator) for r in c.rows
     }
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for p in c.params:
@@ -70,11 +70,58 @@ def fitted_figures(c: Calibration, what: str) -> dict[str, dict[str, dict[str, A
     return found
 
 
-def conformal_width(residual: np.ndarray[Any, Any], coverage: float = 0.90) -> float:
-    """Half width w such that [x/(1+w), x·(1+w)] covered that share of the rows left out."""
-    size = np.sort(np.abs(residual))
-    rank = min(len(size) - 1, int(np.ceil(coverage * (len(size) + 1))) - 1)
-    return float(np.expm1(size[rank]))
+def conformal_width(
+    residual: np.ndarray[Any, Any], sources: np.ndarray[Any, Any], coverage: float = 0.90
+) -> float:
+    """Half width w such that [x/(1+w), x·(1+w)] covered that share of the rows left out.
+
+    A source of n rows weighs √n: its rows err together.
+    """
+    _, inverse, counts = np.unique(sources, return_inverse=True, return_counts=True)
+    weight = 1.0 / np.sqrt(counts[inverse])
+    order = np.argsort(np.abs(residual))
+    share = np.cumsum(weight[order]) / weight.sum()
+    rank = min(int(np.searchsorted(share, coverage)), len(order) - 1)
+    return float(np.expm1(np.abs(residual)[order][rank]))
+
+
+def regimes(c: Calibration, without: str = "") -> dict[str, np.ndarray[Any, Any]]:
+    """Architectures that at least SOURCES_A_REGIME sources measured → their rows; `gpu` → all the
+    other rows (all there are where these are few)."""
+    name = np.array([architecture_of(r.case.cluster.accelerator) for r in c.rows])
+    source = np.array([r.source for r in c.rows])
+    usable = source != without
+    found = {}
+    for a in sorted(set(name)):
+        here = (name == a) & usable
+        if len(set(source[here])) >= SOURCES_A_REGIME:
+            found[a] = here
+    rest = usable & ~np.isin(name, list(found))
+    found["gpu"] = rest if rest.sum() >= ROWS_A_REGIME else usable
+    return found
+
+
+def interval_widths(c: Calibration, without: str = "") -> dict[str, float]:
+    """Efficiency file → half width of the 90 % interval there."""
+    source = np.array([r.source for r in c.rows])
+    return {
+        where: conformal_width(c.left_out[rows], source[rows])
+        for where, rows in regimes(c, without).items()
+    }
+
+
+def coverage(c: Calibration) -> tuple[float, float, float]:
+    """(rows covered, mean over sources, median half width) of intervals that never saw the source."""
+    name = np.array([architecture_of(r.case.cluster.accelerator) for r in c.rows])
+    source = np.array([r.source for r in c.rows])
+    covered, width = np.zeros(len(source), bool), np.zeros(len(source))
+    for s in set(source):
+        widths = interval_widths(c, without=s)
+        here = source == s
+        width[here] = [widths.get(a, widths["gpu"]) for a in name[here]]
+        covered[here] = np.abs(c.left_out[here]) <= np.log1p(width[here])
+    by_source = np.mean([covered[source == s].mean() for s in sorted(set(source))])
+    return float(covered.mean()), float(by_source), float(np.median(width))
 
 
 def write_figures(name: str, figures: dict[str, dict[str, Any]]) -> None:
@@ -121,12 +168,16 @@ def main(cases: tuple[Path, ...], cluster: Path | None, dry_run: bool) -> None:
     machine = None if cluster is None else read_cluster(cluster)
     c = calibrate(cases, cluster=machine)
     names = ", ".join(path.name for path in cases)
-    what = f"fitted to {len(c.rows)} step times of {names}, {datetime.now(UTC).date()}"
+    what = f"fitted to {len(c.rows)} step times of {names}"
     click.echo(report(c))
     figures = fitted_figures(c, what)
     cpu = c.rows[0].case.cluster.kind == "cpu"
-    width = conformal_width(c.residual if cpu else c.left_out)
-    click.echo(f"half width of the 90 % interval: {width:.1%}")
+    sources = np.array([r.source for r in c.rows])
+    widths = {"cpu": conformal_width(c.residual, sources)} if cpu else interval_widths(c)
+    click.echo(f"half width of the 90 % interval: { {k: round(v, 3) for k, v in widths.items()} }")
+    if not cpu:
+        rows, means, half = coverage(c)
+        click.echo(f"covered, source left out: {rows:.1%} of rows, {means:.1%} mean over sources; median half width {half:.1%}")
     for where, entries in figures.items():
         for key, entry in entries.items():
             click.echo(
@@ -137,9 +188,8 @@ def main(cases: tuple[Path, ...], cluster: Path | None, dry_run: bool) -> None:
         return
     key = "interval.step_fraction_" + ("measured_rates" if cpu else "datasheet")
     text = "90th percentile of the fit's own residuals" if cpu else "split conformal, source left out"
-    figures["cpu" if cpu else "gpu"][key] = _entry(
-        width, width / 2, width * 2, "fitted", f"{text}; {what}"
-    )
+    for where, width in widths.items():
+        figures[where][key] = _entry(width, width / 2, width * 2, "fitted", f"{text}; {what}")
     for where, entries in figures.items():
         write_figures(where, entries)
 

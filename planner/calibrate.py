@@ -19,7 +19,7 @@ import numpy as np
 from outlay.planner.cases import Case, express, read_rows
 from outlay.planner.estimate.buckets import reduce_buckets
 from outlay.planner.estimate.candidates import Array, Candidates
-from outlay.planner.estimate.efficiency import efficiency_for
+from outlay.planner.estimate.efficiency import architecture_of, efficiency_for
 from outlay.planner.estimate.operators import speed_of
 from outlay.planner.estimate.software import CPU_DEEPSPEED
 from outlay.planner.estimate.step import estimate_step
@@ -145,7 +145,7 @@ def parameters(rows: Sequence[Row], believed: Mapping[str, Prior]) -> list[Param
     """What is fitted: every figure for all, and its levels for the hardware that the rows name."""
     accelerators = {r.case.cluster.accelerator.name: r.case.cluster.accelerator for r in rows}
     kind = "cpu" if all(a.kind == "cpu" for a in accelerators.values()) else "gpu"
-    architectures = sorted({(a.architecture or "").lower().replace(" ", "-") for a in accelerators.values()})
+    architectures = sorted({architecture_of(a) for a in accelerators.values()})
     found = []
     for name, p in believed.items():
         found.append(Parameter(figure=name, level="spread", where=kind, deviation=p.spread))
@@ -187,7 +187,7 @@ class StepModel:
 
     def _concerns(self, batch: Batch) -> list[int]:
         a = batch.case.cluster.accelerator
-        names = {"gpu", "cpu", (a.architecture or "").lower().replace(" ", "-"), a.name}
+        names = {"gpu", "cpu", architecture_of(a), a.name}
         return [j for j, p in enumerate(self.params) if p.where in names]
 
     def figures(self, batch: Batch, relevant: Sequence[int], shifts: Array) -> dict[str, Any]:

@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
+
 from outlay.planner.estimate.candidates import Candidates
 from outlay.planner.estimate.estimator import Estimates, evaluate
 from outlay.planner.estimate.interval import VERDICTS
-from outlay.planner.estimate.software import Software, software_of
+from outlay.planner.estimate.software import MEGATRON, Software, software_of
 from outlay.planner.hardware import cluster_of
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.families import preset_names, resolve_model
 from outlay.planner.spec.job import Finetune, Job, Optimizer
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
-from outlay.planner.spec.strategy import Strategy
+from outlay.planner.spec.strategy import Checkpointing, Strategy
 from outlay.profiles.errors import FileError, OutlayError, UsageError
 from outlay.profiles.loader import accelerator
 from outlay.profiles.units import GIB
@@ -206,6 +208,15 @@ def _layers_from_parameters(
     return max(1, round((parameters - vocab * hidden) / block / pp)) * pp
 
 
+def _with_pp(row: Mapping[str, str]) -> Mapping[str, str]:
+    """A row that gives GPUs, tp and dp has said how many pipeline stages there are."""
+    gpus, tp, dp = (_count(row, k) for k in ("gpus", "tp", "dp"))
+    if gpus is None or tp is None or dp is None or (row.get("pp") or "").strip():
+        return row
+    inside = tp * dp * (_count(row, "cp", 1) or 1)
+    return row if gpus % inside else {**row, "pp": str(gpus // inside)}
+
+
 def _ranks(row: Mapping[str, str]) -> tuple[int, int]:
     """(GPUs, data-parallel ranks). Rows that give no GPUs have at least one rank an expert group."""
     tp, pp, cp, ep = (_count(row, k, 1) or 1 for k in ("tp", "pp", "cp", "ep"))
@@ -231,13 +242,22 @@ def _batches(row: Mapping[str, str], software: Software, dp: int, pp: int) -> tu
     return micro, max(1, round((batch or micro * dp) / (micro * dp)))
 
 
+def _sequence_parallel(row: Mapping[str, str], software: Software, checkpointing: str) -> bool:
+    """Where a row does not say: torchtitan's always; Megatron's came with selective recomputation
+    (arXiv 2205.05198), and goes with flash attention, which is later still."""
+    if software.family == "fsdp":
+        return True
+    modern = checkpointing == "selective" or _attention(row, software) != "eager"
+    return software is MEGATRON and modern
+
+
 def _strategy(row: Mapping[str, str], software: Software, dp: int, zero: int) -> Strategy:
     tp, pp, cp = (_count(row, k, 1) or 1 for k in ("tp", "pp", "cp"))
     micro, accumulate = _batches(row, software, dp, pp)
     word = (row.get("activation_checkpointing") or "none").strip() or "none"
     if word not in ("none", "selective", "full"):
         raise UsageError(f"activation_checkpointing: {word!r} is none, selective or full")
-    sequence = _facts(row).get("seq_parallel", str(software.family == "fsdp").lower())
+    sequence = _facts(row).get("seq_parallel", str(_sequence_parallel(row, software, word)).lower())
     return Strategy(
         zero=zero, dp=dp, tp=tp, pp=pp, cp=cp,
         vpp=_count(row, "vpp", 1) or 1, ep=_count(row, "ep", 1) or 1,
@@ -281,6 +301,7 @@ def _optimizer(row: Mapping[str, str]) -> Optimizer:
 
 def express(row: Mapping[str, str]) -> Case:
     """A row in the project's nouns. Raises UsageError or UnknownName where that is impossible."""
+    row = _with_pp(row)
     software = software_of(row.get("framework") or "", attention=(row.get("attention") or "").strip())
     if not (row.get("gpu") or "").strip():
         raise UsageError("the row names no gpu")
@@ -309,11 +330,34 @@ def express(row: Mapping[str, str]) -> Case:
     )  # fmt: skip
 
 
-def evaluate_case(case: Case) -> Estimates:
-    """The case's one candidate, under its own software's conventions."""
-    return evaluate(
-        case.spec, case.job, case.cluster, Candidates.of([case.strategy]), software=case.software
+def _unstated(case: Case, row: Mapping[str, str]) -> list[Strategy]:
+    """The strategy, and what else a row without ZeRO stage or checkpointing may have run: each next
+    one needs less memory and more time."""
+    stages = [case.strategy.zero]
+    if not (row.get("zero") or "").strip() and case.strategy.dp > 1:
+        stages.append(1)
+    words: list[Checkpointing] = [case.strategy.activation_checkpointing]
+    if not (row.get("activation_checkpointing") or "").strip():
+        words += ["selective", "full"]
+    return [
+        replace(case.strategy, zero=zero, activation_checkpointing=word)
+        for word in words
+        for zero in stages
+    ]
+
+
+def evaluate_case(case: Case, row: Mapping[str, str] | None = None) -> Estimates:
+    """The case's one candidate, under its own software's conventions.
+
+    What the row leaves open is the first of `_unstated` that fits; the last where none does.
+    """
+    choices = _unstated(case, row or {"zero": "stated", "activation_checkpointing": "stated"})
+    found = evaluate(
+        case.spec, case.job, case.cluster, Candidates.of(choices), software=case.software
     )
+    fits = np.flatnonzero(found.verdict < VERDICTS.index("no"))
+    chosen = int(fits[0]) if len(fits) else len(choices) - 1
+    return found.take(np.array([chosen]))
 
 
 def predict(row: Mapping[str, str]) -> dict[str, str]:
@@ -322,7 +366,7 @@ def predict(row: Mapping[str, str]) -> dict[str, str]:
     out["id"] = row.get("id") or ""
     try:
         case = express(row)
-        e = evaluate_case(case)
+        e = evaluate_case(case, row)
     except OutlayError as error:
         out["error"] = error.message().replace("\n", "; ")
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -56,6 +57,7 @@ class Question:
             raise UsageError("no model", do="pass --model, or a job file with the key `model`")
         self.spec: ModelSpec
         self.spec, self.config = resolve_model(file.model)
+        self.weights = _weights(file.model)
         self.cluster: Cluster = resolve_hardware(
             file.hardware or "probe",
             inter_node_gbps=file.inter_node_gbps,
@@ -64,6 +66,23 @@ class Question:
         resolved = resolve_job(file, self.spec, self.cluster)
         self.job: Job = resolved.job
         self.assumptions = resolved.assumptions
+        if self.weights:
+            self.assumptions.append(
+                {
+                    "what": "weights",
+                    "value": self.weights,
+                    "source": "the folder has safetensors: training starts from them "
+                    "(pass its config.json instead to start from random weights)",
+                }
+            )
+
+
+def _weights(reference: str) -> str | None:
+    """A model folder with safetensors is a pretrained model; a config alone is a shape."""
+    folder = Path(reference).expanduser()
+    if folder.is_dir() and any(folder.glob("*.safetensors")):
+        return str(folder.resolve())
+    return None
 
 
 @click.command()
@@ -170,7 +189,13 @@ def plan(job_file: str | None, format_: str, out: str, dry_run: bool, **flags: A
     flags, given = split_strategy(flags)
     q = Question(job_file, flags)
     made = make_plan(
-        q.spec, q.config, q.job, q.cluster, fixed=as_integers(given), assumptions=q.assumptions
+        q.spec,
+        q.config,
+        q.job,
+        q.cluster,
+        fixed=as_integers(given),
+        assumptions=q.assumptions,
+        weights=q.weights,
     )
     if not dry_run:
         write_text(out, to_yaml(made))

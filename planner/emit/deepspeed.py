@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from outlay.planner.estimate.buckets import bucket_sizes, sub_group_size
+from outlay.planner.estimate.buckets import bucket_sizes, max_live_parameters, sub_group_size
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
@@ -36,8 +36,8 @@ def _zero_section(strategy: Strategy, spec: ModelSpec) -> dict[str, Any]:
         section |= {
             "stage3_prefetch_bucket_size": gather_bucket,
             "stage3_param_persistence_threshold": min(100_000, 10 * spec.hidden),
-            "stage3_max_live_parameters": max(4 * gather_bucket, 1_000_000),
-            "stage3_max_reuse_distance": max(4 * gather_bucket, 1_000_000),
+            "stage3_max_live_parameters": int(max_live_parameters(gather_bucket)),
+            "stage3_max_reuse_distance": int(max_live_parameters(gather_bucket)),
             "sub_group_size": int(sub_group_size(gather_bucket)),
             "stage3_gather_16bit_weights_on_model_save": False,
         }

@@ -271,6 +271,8 @@ _LOSS_COPIES = {
     "hf": ((6.0, 14.0), (8.0, 16.0)),
     # Megatron's vocabulary-parallel loss: softmax in fp32, overwritten by its gradient, cast to 16 bits.
     "vocab_parallel": ((4.0, 6.0), (4.0, 8.0)),
+    # One kernel from 16-bit logits to their gradient (flash-attention's, llm-foundry's default).
+    "fused": ((2.0, 4.0), (4.0, 8.0)),
     # litgpt: logits and log-softmax in the width; gradients for 128 tokens at a time.
     "narrow": ((4.0, 4.0), (8.0, 8.0)),
     # torchtitan: fp32 logits, then log-softmax, its gradient and the logits'; the 16-bit ones are freed.

@@ -70,10 +70,15 @@ def _layer(name: str) -> dict[str, Figure]:
     return {key: Figure(**value) for key, value in raw["figures"].items()}
 
 
+def architecture_of(accelerator: Accelerator) -> str:
+    """The architecture as the files are named: `blackwell-ultra`; empty where it is unknown."""
+    return (accelerator.architecture or "").lower().replace(" ", "-")
+
+
 def layers_of(accelerator: Accelerator) -> tuple[str, ...]:
     """Names of the files that may hold figures for this accelerator, the most general first."""
     kind = "cpu" if accelerator.kind == "cpu" else "gpu"
-    architecture = (accelerator.architecture or "").lower().replace(" ", "-")
+    architecture = architecture_of(accelerator)
     return tuple(dict.fromkeys(("common", kind, *filter(None, [architecture]), accelerator.name)))
 
 

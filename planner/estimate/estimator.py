@@ -53,6 +53,7 @@ class Estimates:
             parts={k: v[index] for k, v in m.parts.items()},
             allocated=m.allocated[index],
             device=m.device[index],
+            least=m.least[index],
             peak_phase=m.peak_phase[index],
             peak_position=m.peak_position[index],
             by_position=m.by_position[:, index],
@@ -84,7 +85,7 @@ def evaluate(
     memory = estimate_memory(spec, job, c, bucket=bucket, figures=figures, software=software)
     width = figures["interval.memory_fraction"]
     low, high = interval(memory.device, width)
-    risk = risk_above(memory.device, float(cluster.usable_bytes), width)
+    risk = risk_above(memory.least, float(cluster.usable_bytes), width)
     speed = speed_of(cluster, job.precision, figures)
     step = step_low = step_high = None
     if speed is not None:

@@ -66,6 +66,10 @@ class Memory:
     by_phase: Array
     """[phases, n] device bytes at the position of the peak."""
 
+    least: Array
+    """Device bytes below which it cannot run: before it fails, torch's allocator gives back what it
+    only keeps cached, so less than the usual fragmentation remains."""
+
     def in_kind(self, kind: str) -> Array:
         """The peak as a measurement of that `memory_kind` would show it; device bytes by default."""
         runtime, waste = self.parts["runtime"], self.parts["fragmentation"]
@@ -129,7 +133,10 @@ def _per_block(
     if software.selective == "per_op":
         selective = tokens * (s.per_op_sharded / c.tp + s.per_op_replicated / shared)
         selective = np.minimum(selective, whole)
-    full = np.minimum(tokens * s.block_input / shared, whole)
+    # Megatron-DeepSpeed's ZeRO-3 scripts move the checkpoints to the host: on V100s with 32 GB they ran
+    # with 16 and more sequences a rank, whose block inputs alone would not fit.
+    on_host = (c.zero == 3) & (software.family == "megatron") & (software.gradient_bytes is None)
+    full = np.where(on_host, 0.0, np.minimum(tokens * s.block_input / shared, whole))
     mode = c.activation_checkpointing
     kept = np.where(mode == 2, full, np.where(mode == 1, selective, whole))
     # Sequence parallelism gathers the whole input of a linear layer, and makes its whole gradient.
@@ -188,7 +195,7 @@ def _phases(
     load = np.maximum(states.load - states.parameters - states.optimizer_states, 0.0)
     return (
         _Alive(gradients=again, activations=saved, logits=logits,
-               communication=buffers, workspace=gathered),
+               communication=states.communication_always, workspace=gathered),
         _Alive(gradients=np.maximum(again, np.minimum(states.gradients_held, head_grad)),
                activations=saved + live, logits=nothing,
                communication=buffers, workspace=gathered),
@@ -293,7 +300,8 @@ def _peak(
     phase = totals[:, position, n].argmax(axis=0)
     allocated = totals[phase, position, n]
 
-    groups = 1.0 + (c.dp > 1) + (c.tp > 1) + (c.pp > 1) + (c.sp > 1) + (c.ep > 1)
+    world = c.dp * c.tp * c.pp * c.cp * c.sp
+    groups = sum((n > 1).astype(float) for n in (world, c.dp, c.tp, c.pp, c.cp, c.sp, c.ep))
     runtime = figures["memory.runtime_bytes"] + groups * figures["memory.runtime_bytes_per_group"]
     waste = figures["memory.fragmentation_fraction"]
 
@@ -317,6 +325,7 @@ def _peak(
         parts=parts,
         allocated=allocated,
         device=allocated * overhead[0] + overhead[1],
+        least=allocated * (1 + figures["memory.fragmentation_least_fraction"]) + runtime,
         peak_phase=phase,
         peak_position=position,
         by_position=np.where(loads.exists, flat * overhead[0] + overhead[1], 0.0),

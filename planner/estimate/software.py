@@ -36,7 +36,7 @@ class Software:
     master: bool = True
     """Weights and moments in fp32 beside 16-bit compute; else all is in the width (bf16-true)."""
     loss: str = "hf"
-    """How the plain loss is written: hf | vocab_parallel | narrow | fp32."""
+    """How the plain loss is written: hf | vocab_parallel | fused | narrow | fp32."""
     selective: str = "attention"
     """What selective checkpointing recomputes: the core of `attention` (Megatron), or all but what
     torchtitan's list keeps of each operation (`per_op`)."""
@@ -114,6 +114,7 @@ SINGLE = Software(
     master=False,
 )
 LITGPT = replace(SINGLE, loss="narrow", quant_saves_input=True, quantizes_head=True)
+COMPOSER = replace(FSDP, loss="fused")
 LITGPT_FSDP = replace(FSDP, master=False, loss="narrow")
 CPU_DEEPSPEED = Software(
     family="deepspeed",
@@ -137,6 +138,8 @@ def software_of(framework: str, *, attention: str = "") -> Software:
     name = framework.strip().lower()
     if name.startswith("litgpt"):
         return LITGPT_FSDP if "fsdp" in name else LITGPT
+    if "composer" in name:
+        return COMPOSER
     if "fsdp2" in name:
         return FSDP_COMPILED
     if "fsdp" in name:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outlay.planner.estimate.buckets import sub_group_size
+from outlay.planner.estimate.buckets import max_live_parameters, sub_group_size
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.software import Software
 
@@ -72,7 +72,9 @@ class States:
     step_temporary: Array
     """Alive only in the optimizer step: fp32 copies of gradients, updated weights in flight."""
     communication: Array
-    """Buckets and gathered layers, from the first backward on."""
+    """Buckets, while a backward pass runs."""
+    communication_always: Array
+    """Of these, what is alive in the forward pass too."""
     gathered: Array
     """Whole weights alive during forward and backward: stage 3's, FSDP's, autocast's."""
     load: Array
@@ -124,6 +126,8 @@ def _deepspeed(
     )
     buckets = np.where((zero >= 1) & (zero <= 2), width * bucket * (1 + c.overlap_comm), 0.0)
     buckets = buckets + np.where(zero == 3, width * bucket, 0.0)
+    # Gathered weights stay until that many are alive; a block and the next are gathered in any case.
+    live = np.maximum(max_live_parameters(bucket), 2 * held.block)
     # The step works on one tensor (stage 0), the partition (1, 2) or a sub-group of it (3): the fp32
     # copy of its gradients, and, where the optimizer is torch's (CPU), Adam's denominator and update.
     part = np.where(zero == 3, np.minimum(share, sub_group_size(bucket)), share)
@@ -139,7 +143,9 @@ def _deepspeed(
         "optimizer_states": np.where(offloaded, 0, master + moments * share),
         "step_temporary": np.where(offloaded, 0.0, temporary),
         "communication": buckets,
-        "gathered": np.where(zero == 3, width * np.minimum(parameters, 2 * held.block), 0.0),
+        # Stages 1 and 2 release theirs after each backward (`_release_ipg_buffers`).
+        "communication_always": np.where(zero == 3, buckets, 0.0),
+        "gathered": np.where(zero == 3, width * np.minimum(parameters, live), 0.0),
         "load": 0.0,
     }
 
@@ -151,7 +157,8 @@ def _megatron(
     the optimizer keeps; the distributed optimizer divides master weights and moments.
 
     Megatron-DeepSpeed: the same states under DeepSpeed of its time: ZeRO-1 in fp16 holds fp32
-    gradients of its partition, bf16 (BF16_Optimizer) of all weights, beside two default buckets.
+    gradients of its partition, bf16 (BF16_Optimizer) of all weights, beside two default buckets;
+    without ZeRO the fp32 gradients and the flat 16-bit ones live in the optimizer step only.
     """
     width, parameters, shard = width_of(precision), held.total, held.shard(c)
     zero3, share = c.zero == 3, np.where(c.zero >= 1, shard, parameters)
@@ -159,24 +166,26 @@ def _megatron(
     if width == 4:
         gradients, master = 4 * parameters, 0.0
     elif precision == "fp16":
-        gradients, master = 2 * parameters + 4 * share, 4.0
+        copies = np.where(under_deepspeed & (c.zero == 0), 0.0, 4 * share)
+        gradients, master = 2 * parameters + copies, 4.0
     else:
         gradients, master = (6 if under_deepspeed else 4) * parameters, 4.0
     buckets = (
         2 * width * np.minimum(parameters, _DEFAULT_BUCKET) * (under_deepspeed & (c.zero >= 1))
     )
     gathered = width * np.minimum(parameters, held.root + 2 * held.block)
-    gradients = np.where(zero3, 4 * shard, gradients)
+    gradients = np.where(zero3, (width if under_deepspeed else 4) * shard, gradients)
     return {
         "parameters": width * np.where(zero3, shard, parameters),
         "gradients_held": gradients,
         "gradients_always": gradients,
-        "gradients_new": np.where(zero3, (width + 4) * held.block, 0.0),
+        "gradients_new": np.where(zero3, 2 * width * held.block, 0.0),
         "optimizer_states": np.where(
             c.offload_optimizer > 0, 0, (master + MOMENTS[optimizer]) * share
         ),
         "step_temporary": 0.0,
         "communication": buckets,
+        "communication_always": buckets,
         "gathered": np.where(zero3, gathered, 0.0),
         "load": 0.0,
     }
@@ -205,12 +214,13 @@ def _fsdp(
     loading = held_bytes * (parameters + 1.5 * shard) if held.trainable < 1 else 0.0
     return {
         "parameters": held_bytes * shard,
-        "gradients_held": held_bytes * shard + np.where(pipeline, reduced * parameters, 0.0),
+        "gradients_held": held_bytes * shard + np.where(pipeline, width * parameters, 0.0),
         "gradients_always": 0.0,
         "gradients_new": new,
         "optimizer_states": np.where(c.offload_optimizer > 0, 0.0, moments * share),
         "step_temporary": 0.0,
         "communication": 0.0,
+        "communication_always": 0.0,
         "gathered": gathered,
         "load": loading,
     }
@@ -237,6 +247,7 @@ def _replicated(
         "optimizer_states": MOMENTS[optimizer] * held_bytes / 4 * train * parameters,
         "step_temporary": 0.0,
         "communication": copies,
+        "communication_always": copies,
         "gathered": autocast,
         "load": 0.0,
     }
