@@ -35,7 +35,6 @@ from outlay.profiles.errors import OutlayError
 from outlay.profiles.units import GIB, MIB
 
 MEASURED = Path(__file__).parent.parent / "profiles" / "measurements"
-EXTRA = ("measured_at", "cpu_model", "step_s_repeats", "memory_gib_by_rank")
 
 
 def measured_cluster(ranks: int | None = None) -> Cluster:
@@ -211,20 +210,23 @@ def main(steps: int, repeats: int, out: Path | None, only_score: bool, no_memory
     rows = []
     for number, (plan, timing, growth) in enumerate(zip(plans, timed, memory, strict=True)):
         row = row_of(plan, spec, cluster, number, "outlay-cpu-grid")
-        row |= {
-            "measured_at": datetime.now(UTC).date().isoformat(),
-            "cpu_model": cluster.host.cpu_model if cluster.host else "",
-            "memory_gib_by_rank": " ".join(f"{g / GIB:.4f}" for g in growth),
-            "measured_memory_gib": f"{max(growth) / GIB:.4f}" if growth else "",
-        }
+        row["measured_memory_gib"] = f"{max(growth) / GIB:.4f}" if growth else ""
+        notes = [f"measured {datetime.now(UTC).date()}"]
+        if cluster.host:
+            notes[0] += f" on {cluster.host.cores} cores of {cluster.host.cpu_model}"
         if isinstance(timing, TimedStrategy):
             row["measured_step_s"] = f"{timing.step_s:.4f}"
-            row["step_s_repeats"] = " ".join(f"{s:.4f}" for s in timing.repeats_s)
+            repeated = " ".join(f"{s:.4f}" for s in timing.repeats_s)
+            notes.append(f"medians of {steps} steps in {repeats} interleaved repeats: {repeated} s")
         else:
-            row["notes"] = str(timing)[:300]
+            notes.append(str(timing)[:300])
+        if growth:
+            by_rank = " ".join(f"{g / GIB:.4f}" for g in growth)
+            notes.append(f"memory by rank: {by_rank} GiB")
+        row["notes"] = "; ".join(notes)
         rows.append(row)
     with tempfile.SpooledTemporaryFile(mode="w+", newline="") as buffer:
-        writer = csv.DictWriter(buffer, [*COLUMNS_IN, *EXTRA], lineterminator="\n")
+        writer = csv.DictWriter(buffer, COLUMNS_IN, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         buffer.seek(0)

@@ -21,7 +21,6 @@ from outlay.planner.estimate.buckets import reduce_buckets
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.efficiency import architecture_of, efficiency_for
 from outlay.planner.estimate.operators import speed_of
-from outlay.planner.estimate.software import CPU_DEEPSPEED
 from outlay.planner.estimate.step import estimate_step
 from outlay.planner.fit import Fit, least_squares
 from outlay.planner.spec.cluster import Cluster
@@ -104,19 +103,15 @@ def load(files: Iterable[str | Path], cluster: Cluster | None = None) -> list[Ro
     for path in files:
         for raw in read_rows(path):
             try:
-                case = express(raw)
+                case = express(raw, machine=cluster)
             except OutlayError:
                 continue
-            if case.cluster.kind == "cpu":
-                if cluster is None:
-                    continue
-                local = dataclasses.replace(cluster, nodes=1, ranks_per_node=case.cluster.ranks)
-                case = dataclasses.replace(case, cluster=local, software=CPU_DEEPSPEED)
             seconds = measured_s(raw, case)
             if not seconds or raw.get("oom") == "1":
                 continue
             if speed_of(case.cluster, case.job.precision, efficiency_for(case.cluster.accelerator)) is None:
                 continue
+            case = dataclasses.replace(case, strategy=case.stated or case.strategy)
             source = (raw.get("source") or "unnamed").strip()
             rows.append(Row(id=raw.get("id") or "", source=source, case=case, measured_s=seconds))
     return rows

@@ -17,6 +17,7 @@ import gc
 import io
 import os
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -245,7 +246,9 @@ class Engine:
         """Free the model, the optimizer and the groups; the process group of the ranks stays."""
         if self.deepspeed is None:
             return
-        torch.distributed.barrier()
+        if sys.exc_info()[0] is None:
+            # A peer may still be reading from a group; but one that failed must not wait for it.
+            torch.distributed.barrier()
         engine, self.deepspeed = self.deepspeed, None
         repairs.release(engine)
         del engine

@@ -478,6 +478,18 @@ def train_and_export(plan: Plan, steps: int, folder: str, tokenizer: str | None)
         engine.close()
 
 
+def only_export(plan: Plan, folder: str, tokenizer: str | None) -> None:
+    """Export untrained weights, without an engine."""
+    from pathlib import Path
+
+    from outlay.runner.export import export_safetensors
+    from outlay.runner.model import build_model
+
+    model = build_model(plan.model, precision="fp32", attention="sdpa", seed=0)
+    path = None if tokenizer is None else Path(tokenizer)
+    export_safetensors(model.state_dict(), plan, Path(folder), path)
+
+
 def _logits(engine: Any, ids: Any) -> Any:
     """Of the engine as it is; null on the stages of a pipeline that make none."""
     import torch

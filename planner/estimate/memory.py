@@ -174,12 +174,18 @@ def _activations(
 def _logits(
     spec: ModelSpec, job: Job, c: Candidates, loads: StageLoads, width: int, software: Software
 ) -> Array:
-    """Peak of the vocabulary-wide tensors during the loss, [3, n] bytes."""
+    """Peak of the vocabulary-wide tensors during the loss, [3, n] bytes.
+
+    DeepSpeed's pipeline holds the last stage's output and loss of one micro-batch while it runs the
+    next (`pipe/engine.py`: `pipe_buffers['outputs']`, `self.loss`): seen in the measured grid.
+    """
     tokens = c.micro_batch * _length(spec, job, "decoder") / (c.cp * c.sp)
     peak = np.zeros(len(c))
     for i, name in enumerate(LOSS):
         if np.any(c.loss == i):
-            _, p = logits_bytes_per_token(spec, width, loss=name, implementation=software.loss)
+            k, p = logits_bytes_per_token(spec, width, loss=name, implementation=software.loss)
+            if software.family == "deepspeed":
+                p = p + np.where((c.pp > 1) & (c.grad_accum > 1), k, 0.0)
             peak = np.where(c.loss == i, p, peak)
     return loads.has_head * peak * tokens / c.tp
 

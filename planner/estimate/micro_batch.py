@@ -9,7 +9,7 @@ import numpy as np
 
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.communication import Figures, all_to_all_s, collective_s, transfer_s
-from outlay.planner.estimate.operators import BlockTime, Speed, block_s, head_s, host_spread, width_of
+from outlay.planner.estimate.operators import BlockTime, Speed, block_s, head_s, width_of
 from outlay.planner.estimate.pipeline import bubble_s
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, stage_loads
@@ -43,6 +43,9 @@ class MicroBatch:
 class _Sent:
     """Collectives of one block: seconds of one forward pass; backward sends as much."""
 
+    wait: Array
+    """For the slowest rank of a tensor-parallel group at each of its collectives, whatever their size."""
+
     tensor: Array
     sequence: Array
     expert: Array
@@ -65,8 +68,9 @@ def _sent(
     width, h, a = width_of(job.precision), spec.hidden, block.attention
     tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
     message = width * tokens * h
-    tensor = np.zeros(len(c))
+    tensor, wait = np.zeros(len(c)), np.zeros(len(c))
     if (c.tp > 1).any():
+        wait = 2.0 * figures["communication.wait_s"] * np.log2(c.tp)
         tensor = 2.0 * collective_s("all_reduce", message, c.tp, np.ones_like(c.tp), cluster, figures)
         if software.tensor_overlap:
             tensor = tensor * (1.0 - figures["communication.tensor_overlap_fraction"])
@@ -86,7 +90,7 @@ def _sent(
         stride = np.clip(c.dp * c.tp * c.cp // c.ep, 1, c.tp)
         one = all_to_all_s(routed, c.ep, stride, cluster, figures, copies=block.mlp.top_k)
         expert = 2.0 * one * figures["moe.dispatch_factor"]
-    return _Sent(tensor=tensor, sequence=sequence, expert=expert)
+    return _Sent(wait=wait, tensor=tensor, sequence=sequence, expert=expert)
 
 
 def _again(c: Candidates, t: BlockTime, sent: _Sent, count: Array, policy: str) -> tuple[Array, Array, Array]:
@@ -104,10 +108,10 @@ def _again(c: Candidates, t: BlockTime, sent: _Sent, count: Array, policy: str) 
 
 
 def _targets(spec: ModelSpec, job: Job) -> Job:
-    """What the decoder of an encoder-decoder reads: of a sequence with 15 % of its tokens masked in
-    spans of 3, T5 makes targets of 114 tokens for 512 (Raffel et al. 2020, arXiv 1910.10683, section
-    3.1.4), padded to a quarter."""
-    return dataclasses.replace(job, seq_len=max(1, job.seq_len // 4)) if spec.encoder_decoder else job
+    """The job as the decoder of an encoder-decoder sees it: its sequences are the targets."""
+    if not spec.encoder_decoder or job.target_len is None:
+        return job
+    return dataclasses.replace(job, seq_len=job.target_len)
 
 
 def _longest(kernels: Array, host: Array, software: Software) -> Array:
@@ -125,7 +129,7 @@ def micro_batch_s(
     forward, backward, recompute = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     host_f, host_b, host_r = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     sent_f = {name: np.zeros(shape) for name in ("tensor", "sequence", "expert")}
-    sent_r = np.zeros(shape)
+    sent_r, wait_f, wait_r = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     hooks = hook_s(c, figures) if software.family == "deepspeed" and software.start_hidden else 0.0
     checkpoint = "compute.checkpoint_megatron_s" if software.family == "megatron" else "compute.checkpoint_start_s"
     for g, block in enumerate(spec.blocks):
@@ -140,16 +144,18 @@ def micro_batch_s(
         for name in sent_f:
             sent_f[name] += count * getattr(sent, name)
         again, collectives, blocks = _again(c, t, sent, count, software.selective)
+        wait_f += count * sent.wait
+        wait_r += blocks * sent.wait
         recompute += again
         sent_r += collectives
-        host_r += blocks * (t.host_forward + figures[checkpoint] * host_spread(c, figures))
+        host_r += blocks * (t.host_forward + figures[checkpoint])
     head_forward, head_backward = head_s(spec, targets, c, speed, figures)
     forward += loads.has_head * head_forward
     backward += loads.has_head * head_backward
     inside = sent_f["tensor"] + sent_f["sequence"] + sent_f["expert"]
     pass_f = _longest(forward + inside, host_f, software)
     pass_b = _longest(backward + recompute + inside + sent_r, host_b + host_r, software)
-    stage = (pass_f + pass_b) * loads.exists
+    stage = (pass_f + pass_b + 2.0 * wait_f + wait_r) * loads.exists
     slowest, n = stage.argmax(axis=0), np.arange(len(c))
     repeated = np.where(inside > 0, 2.0 + sent_r / np.where(inside > 0, inside, 1.0), 0.0)
     again_host = _longest(recompute + sent_r, host_r, software) if software.start_hidden else recompute + host_r
@@ -162,10 +168,10 @@ def micro_batch_s(
         forward=at(pass_f - inside),
         backward=at(pass_b - inside - sent_r - again_part),
         recompute=at(again_part),
-        tensor_parallel=at(sent_f["tensor"] * repeated),
+        tensor_parallel=at(sent_f["tensor"] * repeated + 2.0 * wait_f + wait_r),
         sequence_parallel=at(sent_f["sequence"] * repeated),
         expert_parallel=at(sent_f["expert"] * repeated),
-        forward_pass=at(pass_f),
-        backward_pass=at(pass_b),
+        forward_pass=at(pass_f + wait_f),
+        backward_pass=at(pass_b + wait_f + wait_r),
         bubble=bubble_s(stage, at(stage), c.pp, c.vpp),
     )

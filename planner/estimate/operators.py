@@ -223,7 +223,7 @@ def block_s(
     light = traffic / speed.memory_bytes_per_s
     back = figures["compute.backward_light_factor"]
     operators = software.block_operators * (1.5 if block.mlp.experts else 1.0)
-    host = operators * figures["compute.operator_start_s"] * host_spread(c, figures)
+    host = operators * figures["compute.operator_start_s"] + np.zeros(len(c))
     forward = linear_forward + core_forward + light
     return BlockTime(
         forward=forward,
@@ -234,11 +234,6 @@ def block_s(
         host_forward=host,
         host_backward=host * figures["compute.backward_start_factor"],
     )
-
-
-def host_spread(c: Candidates, figures: Figures) -> Array:
-    """Each collective of a tensor-parallel group waits for the host of its slowest rank."""
-    return np.asarray(1.0 + figures["compute.host_jitter_per_doubling"] * np.log2(c.tp))
 
 
 def head_s(spec: ModelSpec, job: Job, c: Candidates, speed: Speed, figures: Figures) -> tuple[Array, Array]:

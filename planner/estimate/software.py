@@ -44,6 +44,8 @@ class Software:
     """Of one element of a dropout mask; 0 = the width of the values (torch on a CPU)."""
     step_in_torch: bool = False
     """The optimizer is torch's own, operator by operator, with intermediates of its size; else fused."""
+    fused_optimizer: bool = True
+    """One kernel a step, without temporaries as large as what it steps."""
     quant_saves_input: bool = False
     """A 4-bit linear layer keeps its input though its weight is frozen."""
     quantizes_head: bool = False

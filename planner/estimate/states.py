@@ -25,6 +25,8 @@ adafactor: a row and a column of each matrix."""
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 """A weight of a frozen linear layer: 4 bits with an fp32 scale for 64 of them, or that scale in 8 bits
 with an fp32 one for 256 scales (QLoRA, arXiv 2305.14314, section 3); 8 bits with a scale a row."""
+_SUB_GROUP = 1_000_000_000
+"""Elements that stage 3 steps at once (DeepSpeed's default `sub_group_size`)."""
 _DEFAULT_BUCKET = 500_000_000
 """Elements: DeepSpeed's own reduce and all-gather buckets where nobody sets them."""
 
@@ -132,13 +134,15 @@ def _deepspeed(
     # copy of its gradients, and, where the optimizer is torch's (CPU), Adam's denominator and update.
     part = np.where(zero == 3, np.minimum(share, sub_group_size(bucket)), share)
     stepped = np.where(zero == 0, np.minimum(held.largest_tensor, share), part)
-    temporary = np.where((zero >= 1) | (width == 2), 4 * part, 0.0)
-    if software.step_in_torch and moments:
-        temporary = temporary + 8 * stepped
+    copy = np.where((zero >= 1) | (width == 2), 4 * part, 0.0)
+    work = 8 * stepped if software.step_in_torch and moments else 0.0
+    # Stages 1 to 3 drop the gradients once they are copied, before the optimizer works.
+    temporary = np.where(zero >= 1, np.maximum(copy, copy + work - gradients), copy + work)
     return {
         "parameters": weights,
         "gradients_held": gradients,
-        "gradients_always": 0.0,
+        # Stage 3 allocates its shard at the start (`grad_partitions_flat_buffer`).
+        "gradients_always": np.where(zero == 3, gradients, 0.0),
         "gradients_new": np.where(zero >= 2, in_flight, 0.0),
         "optimizer_states": np.where(offloaded, 0, master + moments * share),
         "step_temporary": np.where(offloaded, 0.0, temporary),
