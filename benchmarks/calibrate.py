@@ -197,7 +197,9 @@ def main(cases: tuple[Path, ...], cluster: Path | None, dry_run: bool) -> None:
     )
     if cpu:
         widths = {"cpu": ONE_MACHINE * widths["cpu"]}
-        text = f"{ONE_MACHINE} times the 90th percentile of the fit's own residuals: one machine only"
+        text = (
+            f"{ONE_MACHINE} times the 90th percentile of the fit's own residuals: one machine only"
+        )
     for where, width in widths.items():
         figures[where][key] = _entry(width, width / 2, width * 2, "fitted", f"{text}; {what}")
     for where, entries in figures.items():

@@ -40,10 +40,9 @@ MEASURED = Path(__file__).parent.parent / "profiles" / "measurements"
 def measured_cluster(ranks: int | None = None) -> Cluster:
     """This machine with its rates."""
     from outlay.planner.probe import probe
-    from outlay.runner.measure_rates import measure_rates
+    from outlay.runner.commands.probe import with_rates
 
-    cluster = probe(ranks=ranks)
-    return dataclasses.replace(cluster, rates=measure_rates(cluster.ranks))
+    return with_rates(probe(ranks=ranks))
 
 
 def demo_question(cluster: Cluster) -> tuple[ModelSpec, dict[str, Any], Job]:

@@ -125,11 +125,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, itself checked. Raises CheckpointError."""
     path = folder / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError("no manifest", where=str(path), why=str(error)) from None
     try:
-        manifest: dict[str, Any] = json.loads(text)
+        manifest: dict[str, Any] = json.loads(raw)
         found = manifest["sha256"]
         expected = _manifest_hash(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

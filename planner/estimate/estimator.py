@@ -86,6 +86,7 @@ def evaluate(
     width = figures["interval.memory_fraction"]
     low, high = interval(memory.device, width)
     risk = risk_above(memory.least, float(cluster.usable_bytes), width)
+    usual_risk = risk_above(memory.device, float(cluster.usable_bytes), width)
     speed = speed_of(cluster, job.precision, figures)
     step = step_low = step_high = None
     if speed is not None:
@@ -100,7 +101,7 @@ def evaluate(
         memory_low=low,
         memory_high=high,
         risk=risk,
-        verdict=verdict_index(risk),
+        verdict=verdict_index(risk, usual_risk),
         step=step,
         step_low=step_low,
         step_high=step_high,

@@ -15,7 +15,7 @@ _Z90 = 1.6448536269514722
 VERDICTS = ("ok", "tight", "no")
 TIGHT_RISK = 0.05
 NO_RISK = 0.5
-"""More risk than TIGHT_RISK is `tight`, more than NO_RISK is `no`."""
+"""More risk than NO_RISK is `no`; more than TIGHT_RISK of the usual footprint is `tight`."""
 
 
 def interval(expected: Array, half_width: float) -> tuple[Array, Array]:
@@ -39,6 +39,7 @@ def _normal_tail(z: Array) -> Array:
     return np.where(z >= 0, tail, 1.0 - tail)
 
 
-def verdict_index(risk: Array) -> Array:
-    """Index into VERDICTS."""
-    return np.where(risk > NO_RISK, 2, np.where(risk > TIGHT_RISK, 1, 0))
+def verdict_index(risk: Array, usual_risk: Array) -> Array:
+    """Index into VERDICTS. `risk`: of the least footprint, at which a run fails; `usual_risk`: of the one
+    it has where memory is plenty."""
+    return np.where(risk > NO_RISK, 2, np.where(usual_risk > TIGHT_RISK, 1, 0))

@@ -167,8 +167,22 @@ def _activations(
         recomputed = np.where(c.recompute_layers >= 0, some, count)
         saved += recomputed * kept + (count - recomputed) * whole
         live = np.maximum(live, np.where(count > 0, transient + (whole - kept), 0.0))
-    edge = sequences * job.seq_len * spec.hidden * ex.width
-    return _in_flight(c) * (saved + np.where(c.pp > 1, 2 * edge, edge)), live
+    shared = np.where(c.sequence_parallel > 0, c.tp, 1)
+    edge = sequences * job.seq_len * spec.hidden * ex.width / shared
+    return _in_flight(c) * (saved + _edges(c, software) * edge), live
+
+
+def _edges(c: Candidates, software: Software) -> Array:
+    """Copies of the residual stream that a stage holds besides its blocks' inputs, [3, n].
+
+    The last block's output, for the final norm or to be sent. DeepSpeed's pipeline keeps what it
+    received and what it sent (`runtime/pipe/engine.py`); Megatron frees what it sent.
+    """
+    megatron = software.family == "megatron"
+    if software.family == "deepspeed" or (megatron and software.gradient_bytes is None):
+        return np.tile(np.where(c.pp > 1, 2.0, 1.0), (3, 1))
+    sent = 0.0 if megatron else 1.0
+    return np.stack([np.where(c.pp > 1, sent, 1.0), np.full(len(c), sent), np.ones(len(c))])
 
 
 def _logits(

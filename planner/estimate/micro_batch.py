@@ -129,9 +129,11 @@ def micro_batch_s(
     forward, backward, recompute = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     host_f, host_b, host_r = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     sent_f = {name: np.zeros(shape) for name in ("tensor", "sequence", "expert")}
-    sent_r, wait_f, wait_r = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    sent_r, wait_f, wait_r, drained = (np.zeros(shape) for _ in range(4))
     hooks = hook_s(c, figures) if software.family == "deepspeed" and software.start_hidden else 0.0
-    checkpoint = "compute.checkpoint_megatron_s" if software.family == "megatron" else "compute.checkpoint_start_s"
+    # Megatron's tracker copies random states between host and device for each block, which drains the
+    # queue of kernels: that time is hidden by nothing. torch's own checkpointing only costs the host.
+    drains = software.family == "megatron"
     for g, block in enumerate(spec.blocks):
         count = loads.block_counts[:, g]
         mine = targets if block.stack == "decoder" else job
@@ -148,14 +150,18 @@ def micro_batch_s(
         wait_r += blocks * sent.wait
         recompute += again
         sent_r += collectives
-        host_r += blocks * (t.host_forward + figures[checkpoint])
+        host_r += blocks * t.host_forward
+        if drains:
+            drained += blocks * figures["compute.checkpoint_megatron_s"]
+        else:
+            host_r += blocks * figures["compute.checkpoint_start_s"]
     head_forward, head_backward = head_s(spec, targets, c, speed, figures)
     forward += loads.has_head * head_forward
     backward += loads.has_head * head_backward
     inside = sent_f["tensor"] + sent_f["sequence"] + sent_f["expert"]
     pass_f = _longest(forward + inside, host_f, software)
     pass_b = _longest(backward + recompute + inside + sent_r, host_b + host_r, software)
-    stage = (pass_f + pass_b + 2.0 * wait_f + wait_r) * loads.exists
+    stage = (pass_f + pass_b + drained + 2.0 * wait_f + wait_r) * loads.exists
     slowest, n = stage.argmax(axis=0), np.arange(len(c))
     repeated = np.where(inside > 0, 2.0 + sent_r / np.where(inside > 0, inside, 1.0), 0.0)
     again_host = _longest(recompute + sent_r, host_r, software) if software.start_hidden else recompute + host_r
@@ -167,11 +173,11 @@ def micro_batch_s(
     return MicroBatch(
         forward=at(pass_f - inside),
         backward=at(pass_b - inside - sent_r - again_part),
-        recompute=at(again_part),
+        recompute=at(again_part + drained),
         tensor_parallel=at(sent_f["tensor"] * repeated + 2.0 * wait_f + wait_r),
         sequence_parallel=at(sent_f["sequence"] * repeated),
         expert_parallel=at(sent_f["expert"] * repeated),
         forward_pass=at(pass_f + wait_f),
-        backward_pass=at(pass_b + wait_f + wait_r),
+        backward_pass=at(pass_b + drained + wait_f + wait_r),
         bubble=bubble_s(stage, at(stage), c.pp, c.vpp),
     )

@@ -183,7 +183,7 @@ def _megatron(
         "parameters": width * np.where(zero3, shard, parameters),
         "gradients_held": gradients,
         "gradients_always": gradients,
-        "gradients_new": np.where(zero3, 2 * width * held.block, 0.0),
+        "gradients_new": np.where(zero3, width * held.block, 0.0),
         "optimizer_states": np.where(
             c.offload_optimizer > 0, 0, (master + MOMENTS[optimizer]) * share
         ),
@@ -218,7 +218,7 @@ def _fsdp(
     loading = held_bytes * (parameters + 1.5 * shard) if held.trainable < 1 else 0.0
     return {
         "parameters": held_bytes * shard,
-        "gradients_held": held_bytes * shard + np.where(pipeline, width * parameters, 0.0),
+        "gradients_held": held_bytes * shard + np.where(pipeline, reduced * parameters, 0.0),
         "gradients_always": 0.0,
         "gradients_new": new,
         "optimizer_states": np.where(c.offload_optimizer > 0, 0.0, moments * share),

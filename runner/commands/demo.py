@@ -34,6 +34,8 @@ SEQ_LEN = 256
 GLOBAL_BATCH = 8
 LEARNING_RATE = 1e-3
 """Of 1e-3, 2e-3 and 4e-3 the lowest held-out loss after 200 steps: docs/log.md."""
+LEAST_STEPS = 200
+"""A shorter schedule learns little; where the machine is slower than that, the budget ends the run."""
 CORPUS_BYTES = 8_000_000
 """About 2.5 M tokens: more than two cores see in the demo's minutes."""
 CONFIG: dict[str, Any] = {
@@ -124,11 +126,10 @@ def _probe(out: Console, root: Path, price: float) -> Cluster:
     from outlay.planner.probe import probe
     from outlay.planner.report.terminal import print_cluster
     from outlay.planner.spec.files import to_yaml, write_text
-    from outlay.runner.measure_rates import measure_rates
+    from outlay.runner.commands.probe import with_rates
 
     _heading(out, "1. What is in this machine, and how fast is it?")
-    cluster = probe(folder=root, price_usd_per_h=price)
-    cluster = dataclasses.replace(cluster, rates=measure_rates(cluster.ranks))
+    cluster = with_rates(probe(folder=root, price_usd_per_h=price))
     write_text(root / "cluster.yaml", to_yaml(cluster))
     print_cluster(out, cluster)
     return cluster
@@ -176,7 +177,7 @@ def _plan(
     price = cluster.price_usd_per_h or 0.0
     limit_s = min(minutes * 60, money / price * 3600 if price else float("inf"))
     step_s = float(first.estimate["step"]["time_s"])
-    steps = max(20, int((limit_s - START_S - FINISH_S) / step_s))
+    steps = max(LEAST_STEPS, int((limit_s - START_S - FINISH_S) / step_s))
     schedule = dataclasses.replace(job.schedule, warmup_steps=min(20, steps // 10))
     job = dataclasses.replace(job, steps=steps, schedule=schedule)
     plan = make_plan(spec, config, job, cluster)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import click
@@ -10,7 +11,27 @@ import click
 from outlay.planner.cli import console, emit_text
 from outlay.planner.options import format_option
 from outlay.planner.probe import probe as probe_machine
+from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.files import to_json, to_yaml
+
+
+BUSY = 0.5
+"""Load (1-minute average, processes a core) from which on measured rates are another's, too."""
+
+
+def with_rates(cluster: Cluster) -> Cluster:
+    """The cluster with its rates measured now; notes say when other work was running beside."""
+    from outlay.runner.measure_rates import measure_rates
+
+    notes = cluster.notes
+    cores = cluster.host.cores if cluster.host else 1
+    load = os.getloadavg()[0] / cores if hasattr(os, "getloadavg") else 0.0
+    if load > BUSY:
+        notes += (
+            f"the machine was busy while its rates were measured (load {load:.1f} a core): "
+            "they are low, and predicted times long",
+        )
+    return dataclasses.replace(cluster, rates=measure_rates(cluster.ranks), notes=notes)
 
 
 @click.command()
@@ -27,9 +48,7 @@ def probe(
     """What is in this machine."""
     cluster = probe_machine(ranks=ranks, folder=Path.cwd(), price_usd_per_h=price_usd_per_h)
     if measure:
-        from outlay.runner.measure_rates import measure_rates
-
-        cluster = dataclasses.replace(cluster, rates=measure_rates(cluster.ranks))
+        cluster = with_rates(cluster)
     if out:
         emit_text(to_yaml(cluster), out)
     if format_ == "table":

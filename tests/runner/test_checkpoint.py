@@ -74,7 +74,9 @@ def test_the_manifest_says_what_the_checkpoint_is(saved: Path) -> None:
     assert manifest["strategy"]["zero"] == 1
     assert {"python", "torch", "deepspeed", "outlay"} <= set(manifest["versions"])
     listed = {entry["path"]: entry["bytes"] for entry in manifest["files"]}
-    on_disk = {p.relative_to(saved).as_posix(): p.stat().st_size for p in saved.rglob("*") if p.is_file()}
+    on_disk = {
+        p.relative_to(saved).as_posix(): p.stat().st_size for p in saved.rglob("*") if p.is_file()
+    }
     on_disk.pop("manifest.json")
     assert listed == on_disk
     assert {"rng/rank-00000.pt", "rng/rank-00001.pt", "client_state.json"} <= set(listed)
@@ -130,7 +132,9 @@ def test_all_ranks_refuse_a_damaged_checkpoint(
         ranks.call("ranks:resume_train", r.tiny_plan(zero=1), str(saved), 1)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(data=st.data())
 def test_any_flipped_bit_is_found(saved: Path, data: st.DataObject) -> None:
     files = sorted(p for p in saved.rglob("*") if p.is_file())
@@ -178,7 +182,11 @@ def test_the_newest_that_verifies_is_taken_and_the_others_explained(saved: Path)
     _truncate(saved)
     found, rejected = checkpoint.newest_valid(root)
     assert found is None
-    assert [one.path.name for one in rejected] == ["step-00000101", "step-00000100", "step-00000007"]
+    assert [one.path.name for one in rejected] == [
+        "step-00000101",
+        "step-00000100",
+        "step-00000007",
+    ]
     assert checkpoint.newest_valid(root / "nothing") == (None, [])
 
 
@@ -219,6 +227,8 @@ def test_the_configuration_is_hashed() -> None:
     plan = r.tiny_plan(zero=1)
     other = dataclasses.replace(plan.job.optimizer, lr=1.0)
     first = checkpoint.config_hash(plan.deepspeed, plan.model.config)
-    assert first == checkpoint.config_hash(dict(reversed(plan.deepspeed.items())), plan.model.config)
+    assert first == checkpoint.config_hash(
+        dict(reversed(plan.deepspeed.items())), plan.model.config
+    )
     changed = {**plan.deepspeed, "optimizer": {"params": {"lr": other.lr}}}
     assert first != checkpoint.config_hash(changed, plan.model.config)

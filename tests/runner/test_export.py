@@ -25,7 +25,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     made = ByteLevelBPETokenizer()
     made.train_from_iterator(
-        ["def f(x): return x"], vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False
+        ["def f(x): return x"],
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
     )
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(path))
@@ -42,7 +45,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("gpt2", {"zero": 3}),
         ("gpt2", {"zero": 1, **TWO_STAGES}),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"zero{value['zero']}-pp{value.get('pp', 1)}",
+    ids=lambda value: (
+        value if isinstance(value, str) else f"zero{value['zero']}-pp{value.get('pp', 1)}"
+    ),
 )
 def test_transformers_loads_what_was_trained(
     ranks: RankPool, tmp_path: Path, tokenizer: Path, family: str, strategy: dict[str, Any]
