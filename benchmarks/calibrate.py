@@ -62,14 +62,22 @@ def fitted_figures(c: Calibration, what: str) -> dict[str, dict[str, dict[str, A
         used = [index[p.figure, where] for where in chain if (p.figure, where) in index]
         shift = float(sum(c.fit.theta[i] for i in used))
         width = _Z90 * float(np.sqrt(sum(c.fit.deviation[i] ** 2 for i in used)))
+        generation = architecture.get(p.where, p.where)
         low, value, high = (
-            float(apply(believed[p.figure], shift + d)) for d in (-width, 0.0, width)
+            float(apply(believed[p.figure], shift + d, generation)) for d in (-width, 0.0, width)
         )
         learned = max(float(c.fit.determined[i]) for i in used)
         prior = believed[p.figure]
         source = f"{what}; determined {learned:.0%}; prior {prior.value:g}: {prior.source}"
         label = "fitted" if learned >= 0.1 else "guess"
         found[p.where][p.figure] = _entry(value, low, high, label, source)
+    for name, prior in believed.items():
+        shift = float(c.fit.theta[index[name, kind]])
+        width = _Z90 * float(np.hypot(prior.architecture or 0.0, c.fit.deviation[index[name, kind]]))
+        for generation in prior.centres.keys() - set(architecture.values()):
+            low, value, high = (float(apply(prior, shift + d, generation)) for d in (-width, 0.0, width))
+            source = f"{prior.source}; moved by what other generations showed, {what}"
+            found[generation][name] = _entry(value, low, high, "published", source)
     return found
 
 

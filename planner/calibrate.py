@@ -47,6 +47,8 @@ class Prior:
     source: str
     architecture: float | None = None
     accelerator: float | None = None
+    centres: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Architecture → the centre there, where it is not `value`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,11 +160,12 @@ def parameters(rows: Sequence[Row], believed: Mapping[str, Prior]) -> list[Param
     return found
 
 
-def apply(prior: Prior, shift: Array | float) -> Array:
+def apply(prior: Prior, shift: Array | float, architecture: str = "") -> Array:
     """The figure at a deviation from its prior's centre."""
+    centre = prior.centres.get(architecture, prior.value)
     if prior.transform == "log":
-        return np.asarray(prior.value * np.exp(shift))
-    odds = np.log(prior.value / (1.0 - prior.value)) + shift
+        return np.asarray(centre * np.exp(shift))
+    odds = np.log(centre / (1.0 - centre)) + shift
     return np.asarray(1.0 / (1.0 + np.exp(-odds)))
 
 
@@ -193,8 +196,9 @@ class StepModel:
         for j in relevant:
             name = self.params[j].figure
             total[name] = total.get(name, 0.0) + shifts[j]
+        architecture = architecture_of(batch.case.cluster.accelerator)
         for name, shift in total.items():
-            found[name] = np.repeat(apply(self.believed[name], shift), n)
+            found[name] = np.repeat(apply(self.believed[name], shift, architecture), n)
         return found
 
     def _seconds(self, batch: Batch, figures: dict[str, Any], copies: int) -> Array:

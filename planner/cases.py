@@ -198,16 +198,17 @@ def _spec(row: Mapping[str, str], software: Software) -> ModelSpec:
         experts=experts, top_k=min(top_k, experts) if experts else 0,
         router_parameters=hidden * experts, shared_ffn=ffn if experts and attention.kv_rank else 0,
     )  # fmt: skip
+    untied = facts["untied"] == "true" if "untied" in facts else gated or litgpt
     if layers is None:
         if parameters is None:
             raise UsageError("the row gives neither layers nor n_params")
         pp = _count(row, "pp", 1) or 1
-        layers = _layers_from_parameters(parameters, hidden, vocab, attention, mlp, pp)
+        tables = vocab * hidden * (1 + untied)
+        layers = _layers_from_parameters(parameters - tables, hidden, attention, mlp, pp)
     seq_len = _count(row, "seq_len", 2048) or 2048
     blocks = (Block(count=layers, attention=attention, mlp=mlp),)
     if arch == "t5":
         blocks = _two_stacks(blocks[0], parameters, hidden, vocab)
-    untied = facts["untied"] == "true" if "untied" in facts else gated or litgpt
     rotary = gated or litgpt
     return ModelSpec(
         name=name or "case", source="cases", family=arch, hidden=hidden, vocab=vocab, blocks=blocks,
@@ -235,14 +236,12 @@ def _two_stacks(block: Block, parameters: float | None, hidden: int, vocab: int)
     return stacks(min(counts, key=lambda n: abs(n * pair + vocab * hidden - parameters)))
 
 
-def _layers_from_parameters(
-    parameters: float, hidden: int, vocab: int, a: Attention, m: Mlp, pp: int
-) -> int:
-    """Depth that gives about the stated size, a multiple of pp: (n_params − embedding) / block."""
+def _layers_from_parameters(inside: float, hidden: int, a: Attention, m: Mlp, pp: int) -> int:
+    """Depth that gives about `inside` weights in all blocks, a multiple of pp."""
     up = 3 if m.gated else 2
     block = hidden * (a.q_width + a.k_width + a.v_width + a.out_width)
     block += up * hidden * m.ffn * max(1, m.experts)
-    return max(1, round((parameters - vocab * hidden) / block / pp)) * pp
+    return max(1, round(inside / block / pp)) * pp
 
 
 def _with_pp(row: Mapping[str, str]) -> Mapping[str, str]:

@@ -129,7 +129,7 @@ def attention_tensors(
     """
     w, eager = ex.width, ex.attention == "eager"
     q, k, v, out = a.q_width, a.k_width, a.v_width, a.out_width
-    if eager and a.heads != a.kv_heads and spec.family not in SOFTMAX_IN_WIDTH:
+    if eager and a.heads != a.kv_heads:
         k, v = a.q_width, a.out_width
     elif not eager and ex.kernels == "hf" and a.fused_qkv and spec.positions == "rotary":
         v = q + k + v

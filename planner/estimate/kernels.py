@@ -16,8 +16,8 @@ one operator each, keep input and result: 2."""
 SOFTMAX_IN_WIDTH = frozenset({"gpt2", "gpt_bigcode", "gptj", "falcon", "bert", "roberta", "electra", "bart"})
 """Families whose eager attention takes the softmax in the width of the scores, without an fp32 copy."""
 
-PARTIAL_ROTARY = frozenset({"gpt_neox", "phi", "stablelm", "glm", "persimmon"})
-"""Families that rotate a part of each head and concatenate it with the rest."""
+PARTIAL_ROTARY = frozenset({"gpt_neox", "phi", "phi3", "stablelm", "glm", "persimmon"})
+"""Families that rotate a part of each head (it may be all of it) and concatenate it with the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,7 +95,7 @@ class _Alive:
     workspace: Array
 
 
-def _in_flight(c: Candidates) -> Array:
+def in_flight(c: Candidates) -> Array:
     """Micro-batches whose activations are alive at once on {first, middle, last}, [3, n], in units of
     the stage's blocks.
 
@@ -152,11 +152,12 @@ def _activations(
     ex: Execution,
     software: Software,
     imbalance: float,
-) -> tuple[Array, Array]:
-    """(saved by all micro-batches in flight, alive only in one block's backward), [3, n] bytes."""
+) -> tuple[Array, Array, Array]:
+    """[3, n] bytes: saved by all micro-batches in flight; alive besides in one block's backward; all
+    that is alive in the backward of the block that comes last."""
     sequences = c.micro_batch / (c.cp * c.sp)
     saved = np.zeros((3, len(c)))
-    live = np.zeros((3, len(c)))
+    live, last = np.zeros((3, len(c))), np.zeros((3, len(c)))
     for g, block in enumerate(spec.blocks):
         s = block_saved(spec, block, ex)
         length = _length(spec, job, block.stack)
@@ -167,9 +168,10 @@ def _activations(
         recomputed = np.where(c.recompute_layers >= 0, some, count)
         saved += recomputed * kept + (count - recomputed) * whole
         live = np.maximum(live, np.where(count > 0, transient + (whole - kept), 0.0))
+        last = np.maximum(last, np.where(count > 0, transient + whole, 0.0))
     shared = np.where(c.sequence_parallel > 0, c.tp, 1)
     edge = sequences * job.seq_len * spec.hidden * ex.width / shared
-    return _in_flight(c) * (saved + _edges(c, software) * edge), live
+    return in_flight(c) * (saved + _edges(c, software) * edge), live, last
 
 
 def _edges(c: Candidates, software: Software) -> Array:
@@ -205,9 +207,15 @@ def _logits(
 
 
 def _phases(
-    c: Candidates, states: States, saved: Array, live: Array, logits: Array, head_grad: Array, work: Array
+    c: Candidates,
+    states: States,
+    activations: tuple[Array, Array, Array],
+    logits: Array,
+    head_grad: Array,
+    work: Array,
 ) -> tuple[_Alive, ...]:
     """What is alive at the loss, the first and last block's backward, the optimizer step, the load."""
+    saved, live, last = activations
     nothing = np.zeros_like(saved)
     again = np.where(c.grad_accum > 1, states.gradients_held, states.gradients_always)
     buffers = states.communication
@@ -219,7 +227,7 @@ def _phases(
         _Alive(gradients=np.maximum(again, np.minimum(states.gradients_held, head_grad)),
                activations=saved + live, logits=nothing,
                communication=buffers, workspace=gathered),
-        _Alive(gradients=states.gradients_held + states.gradients_new, activations=live,
+        _Alive(gradients=states.gradients_held + states.gradients_new, activations=last,
                logits=nothing, communication=buffers, workspace=gathered),
         _Alive(gradients=states.gradients_held, activations=nothing, logits=nothing,
                communication=nothing, workspace=states.step_temporary + work),
@@ -291,13 +299,13 @@ def estimate_memory(
     states = state_bytes(
         held, c, software=software, precision=job.precision, optimizer=_optimizer_key(job), bucket=bucket
     )
-    saved, live = _activations(spec, job, c, loads, ex, software, figures["memory.expert_imbalance"])
+    activations = _activations(spec, job, c, loads, ex, software, figures["memory.expert_imbalance"])
     logits = _logits(spec, job, c, loads, width, software)
     head_grad = held.trainable * width * float(spec.vocab * spec.hidden) / c.tp * loads.has_head
     work = figures["memory.workspace_bytes"]
     if held.frozen_bytes is not None:
         work = work + width * held.largest_tensor
-    phases = _phases(c, states, saved, live, logits, head_grad, np.full(saved.shape, work))
+    phases = _phases(c, states, activations, logits, head_grad, np.full(logits.shape, work))
     return _peak(c, loads, states, phases, figures)
 
 

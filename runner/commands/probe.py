@@ -14,7 +14,6 @@ from outlay.planner.probe import probe as probe_machine
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.files import to_json, to_yaml
 
-
 BUSY = 0.5
 """Load (1-minute average, processes a core) from which on measured rates are another's, too."""
 

@@ -172,7 +172,7 @@ def resume(
 @click.command()
 @click.argument("path")
 def verify(path: str) -> None:
-    """Check a run's checkpoints, or one checkpoint, against their manifests.
+    """Check a run's checkpoints, or one, against their manifests.
 
     Exit code 5 when none verifies, or the one named does not.
     """
@@ -205,7 +205,7 @@ def verify(path: str) -> None:
 @click.argument("run_dir")
 @format_option("table", "json")
 def status(run_dir: str, format_: str) -> None:
-    """How a run stands: its last step, what it has spent, and how it ended."""
+    """How a run stands: last step, what it has spent, how it ended."""
     from outlay.runner.events import read_events
     from outlay.runner.folder import RunFolder
 

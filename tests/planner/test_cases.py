@@ -1,0 +1,95 @@
+"""`estimate --cases`: rows in, predictions out, in order."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from outlay.planner.cases import COLUMNS_IN, COLUMNS_OUT, evaluate_case, express, predict, predict_file
+from outlay.profiles.errors import FileError, UsageError
+
+LLAMA = {
+    "id": "a", "model": "m", "arch": "llama", "layers": "32", "hidden": "4096", "heads": "32", "kv_heads": "8",
+    "ffn": "14336", "vocab": "128256", "seq_len": "4096", "gpu": "h100-sxm", "gpus": "8", "zero": "3",
+    "micro_batch": "1", "activation_checkpointing": "full", "precision": "bf16", "framework": "deepspeed",
+}  # fmt: skip
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS_IN, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_one_row_out_for_each_in(tmp_path: Path) -> None:
+    bad = {"id": "b", "gpu": "no-such-gpu", "hidden": "64", "layers": "2"}
+    source = _write(tmp_path / "in.csv", [LLAMA, bad, LLAMA | {"id": "c", "memory_kind": "allocated"}])
+    assert predict_file(source, tmp_path / "out.csv") == (3, 1)
+    with (tmp_path / "out.csv").open(encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        out = list(reader)
+    assert tuple(reader.fieldnames or ()) == COLUMNS_OUT
+    assert [r["id"] for r in out] == ["a", "b", "c"]
+    assert "no-such-gpu" in out[1]["error"]
+    assert out[1]["predicted_memory_gib"] == ""
+    assert out[0]["error"] == ""
+    low, high = float(out[0]["predicted_memory_low_gib"]), float(out[0]["predicted_memory_high_gib"])
+    assert low < float(out[0]["predicted_memory_gib"]) < high
+    assert float(out[2]["predicted_memory_gib"]) < float(out[0]["predicted_memory_gib"])
+
+
+def test_unknown_columns_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("id,colour\na,red\n", encoding="utf-8")
+    with pytest.raises(FileError, match="colour"):
+        predict_file(path, tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"layers": "-3"}, "layers"),
+        ({"layers": "0"}, "layers"),
+        ({"hidden": "many"}, "hidden"),
+        ({"heads": "7"}, "heads"),
+        ({"gpu": ""}, "gpu"),
+        ({"zero": "x"}, "zero"),
+        ({"activation_checkpointing": "some"}, "activation_checkpointing"),
+        ({"tp": "3"}, "tp"),
+        ({"seq_len": "nan"}, "seq_len"),
+    ],
+)
+def test_nonsense_is_named(change: dict[str, str], word: str) -> None:
+    assert word in predict(LLAMA | change)["error"]
+
+
+def test_unstated_checkpointing_is_the_least_that_fits() -> None:
+    row = LLAMA | {"activation_checkpointing": "", "micro_batch": "16", "framework": "megatron"}
+    assert express(row).strategy.activation_checkpointing == "full"
+    assert express(row | {"micro_batch": "1", "gpu": "b200"}).strategy.activation_checkpointing == "none"
+    assert express(row | {"activation_checkpointing": "none"}).strategy.activation_checkpointing == "none"
+
+
+def test_adapters_and_quantization() -> None:
+    row = LLAMA | {"zero": "0", "gpus": "1", "framework": "litgpt(fabric)", "activation_checkpointing": "none"}
+    full = evaluate_case(express(row)).memory.allocated[0]
+    lora = evaluate_case(express(row | {"lora_rank": "8"})).memory.allocated[0]
+    qlora = evaluate_case(express(row | {"lora_rank": "8", "quant": "bnb.nf4"})).memory.allocated[0]
+    assert qlora < lora < full / 1.5
+    assert express(row | {"quant": "bnb.nf4"}).job.finetune is not None
+
+
+def test_layers_follow_from_the_size_and_the_pipeline() -> None:
+    row = LLAMA | {"layers": "", "n_params": "8030261248", "pp": "4", "zero": "1"}
+    layers = express(row).spec.layers
+    assert layers % 4 == 0
+    assert layers == 32
+
+
+def test_a_row_without_sizes_must_name_a_preset() -> None:
+    with pytest.raises(UsageError, match="no preset"):
+        express(LLAMA | {"hidden": "", "model": "nobody-knows"})
