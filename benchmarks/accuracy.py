@@ -184,12 +184,12 @@ def _table(
         medians.append(float(np.median(np.abs(errors[chosen]))))
         if chosen.sum() >= POOLED_ROWS:
             pooled.append(np.abs(errors[chosen]))
-    p90 = float(np.quantile(np.concatenate(pooled), 0.9)) if pooled else float("nan")
+    p90 = _percent(float(np.quantile(np.concatenate(pooled), 0.9))) if pooled else "–"
     bias = f"{100 * float(np.median(errors[known])):+.1f} %"
     inside = "" if covered is None else _percent(float(covered[known].mean()))
     lines.append(
         f"| **all** (mean of medians; p90 pooled over sources of {POOLED_ROWS} rows) | {int(known.sum())} "
-        f"| **{_percent(float(np.mean(medians)))}** | **{_percent(p90)}** | {bias} | {inside} |"
+        f"| **{_percent(float(np.mean(medians)))}** | **{p90}** | {bias} | {inside} |"
     )
     return lines
 
@@ -265,7 +265,9 @@ every column differ among themselves by 31 % (90th percentile, `pytorch/torchtit
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("path", type=click.Path(path_type=Path, dir_okay=False), default=PUBLISHED)
-@click.option("--fit", "fit_figures", is_flag=True, help="Write the fitted figures instead of scoring.")
+@click.option(
+    "--fit", "fit_figures", is_flag=True, help="Write the fitted figures instead of scoring."
+)
 def main(path: Path, fit_figures: bool) -> None:
     """Score, and write docs/accuracy.md."""
     rows = score_rows(path)

@@ -7,8 +7,6 @@ below; a row that cannot be expressed says why in `error`.
 from __future__ import annotations
 
 import csv
-import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 
+from outlay.planner.case_model import case_spec, count, facts_of
 from outlay.planner.estimate.candidates import Candidates
 from outlay.planner.estimate.estimator import Estimates, evaluate
 from outlay.planner.estimate.interval import VERDICTS
@@ -28,9 +27,8 @@ from outlay.planner.estimate.software import (
 )
 from outlay.planner.hardware import cluster_of
 from outlay.planner.spec.cluster import Cluster
-from outlay.planner.spec.families import preset_names, resolve_model
 from outlay.planner.spec.job import Finetune, Job, Optimizer
-from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
+from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.strategy import Checkpointing, Strategy
 from outlay.profiles.errors import FileError, OutlayError, UsageError
 from outlay.profiles.loader import accelerator
@@ -49,25 +47,14 @@ COLUMNS_OUT = (
     "predicted_memory_high_gib", "fits", "verdict", "oom_probability", "error",
 )  # fmt: skip
 
-VOCAB = {"llama": 32000, "moe": 32000, "bert": 30528, "t5": 32128, "mt5": 250112}
-"""By architecture where a row says nothing: the original tokenizers' sizes; else GPT-2's, padded."""
-GPT_VOCAB = 51200
-LONG_SEQ_LEN, LONG_VOCAB = 8192, 128256
-"""Grouped-query attention and so long a context came together with vocabularies of Llama 3's size."""
 MICRO_BATCHES_A_STAGE = 8
 """Of a pipeline whose batch a row does not state: a bubble of 1/8 of the work."""
-HEAD_DIM = 128
-"""Where the heads are not given: the width that most models since GPT-3 have."""
 TARGET_SHARE = 4
 """Of an encoder-decoder's input, its target is one part in: T5's span corruption makes 114 target
 tokens of 512 (arXiv 1910.10683, section 3.1.4), padded to 128."""
 EAGER_SEQ_LEN = 2048
 """Megatron rows that do not name their attention: eager to this length, as before flash attention; a
 longer sequence's scores would not fit, so it is taken as flash."""
-LATENT = {"q_rank": 1536, "kv_rank": 512, "rope_head_dim": 64}
-"""Latent attention whose sizes a row does not give: DeepSeek-V3's (arXiv 2412.19437, section 4.2)."""
-LATENT_HEAD_DIM, LATENT_VALUE_DIM = 192, 128
-_FACT = re.compile(r"\b(seq_parallel|swiglu|mla|untied|method) *= *(\w+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +80,9 @@ def read_rows(path: str | Path) -> Iterator[dict[str, str]]:
             reader = csv.DictReader(file)
             unknown = set(reader.fieldnames or ()) - set(COLUMNS_IN)
             if unknown or "id" not in (reader.fieldnames or ()):
-                what = f"unknown columns {sorted(map(str, unknown))}" if unknown else "no column `id`"
+                what = (
+                    f"unknown columns {sorted(map(str, unknown))}" if unknown else "no column `id`"
+                )
                 raise FileError(what, where=f"{path}:1", do="columns: " + ", ".join(COLUMNS_IN))
             yield from reader
     except OSError as error:
@@ -102,161 +91,19 @@ def read_rows(path: str | Path) -> Iterator[dict[str, str]]:
         raise FileError("not a text file", where=str(path), why=str(error)) from None
 
 
-def _number(row: Mapping[str, str], key: str) -> float | None:
-    text = (row.get(key) or "").strip()
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        raise UsageError(f"{key}: {text!r} is not a number") from None
-    if not math.isfinite(value) or value < 0:
-        raise UsageError(f"{key}: {text} makes no sense")
-    return value
-
-
-def _count(row: Mapping[str, str], key: str, default: int | None = None) -> int | None:
-    value = _number(row, key)
-    if value is None:
-        return default
-    if value != int(value) or value < 1:
-        raise UsageError(f"{key}: {value:g} is not a positive whole number")
-    return int(value)
-
-
-def _facts(row: Mapping[str, str]) -> dict[str, str]:
-    """What has no column and is stated in `notes` as `key=value`: seq_parallel, swiglu, mla, untied,
-    method (of fine-tuning)."""
-    return {key: value.lower() for key, value in _FACT.findall(row.get("notes") or "")}
-
-
-def _is_llama_like(arch: str, facts: Mapping[str, str]) -> bool:
-    """Gated MLP, RMSNorm, rotary, no biases, no dropout; else GPT-2's style."""
-    return facts["swiglu"] == "true" if "swiglu" in facts else arch in ("llama", "moe")
-
-
-def _attention_of(
-    row: Mapping[str, str], facts: Mapping[str, str], hidden: int, arch: str, software: Software
-) -> Attention:
-    tp = _count(row, "tp", 1) or 1
-    heads = _count(row, "heads") or _heads(hidden, tp)
-    kv_heads = _count(row, "kv_heads") or heads
-    mixture = bool(_count(row, "experts", 0))
-    if hidden % heads and not mixture:
-        raise UsageError(f"heads {heads} do not divide hidden {hidden}")
-    gated = _is_llama_like(arch, facts)
-    # Mixtures of experts with a k and v for each of 64 or more heads are DeepSeek-V2's descendants.
-    latent = facts.get("mla") == "true" or (mixture and heads == _count(row, "kv_heads") and heads >= 64)
-    width = max(hidden // heads, HEAD_DIM) if mixture else hidden // heads
-    return Attention(
-        heads=heads, kv_heads=heads if latent else kv_heads,
-        head_dim=LATENT_HEAD_DIM if latent else width,
-        value_head_dim=LATENT_VALUE_DIM if latent else None,
-        qkv_bias=not gated, out_bias=not gated, causal=arch != "bert",
-        dropout=0.1 if software.dropout and not gated else 0.0,
-        fused_qkv=software.family == "single" or "litgpt" in (row.get("framework") or ""),
-        **(LATENT if latent else {}),
-    )  # fmt: skip
-
-
-def _heads(hidden: int, tp: int) -> int:
-    """Heads of a row that gives none: they divide hidden, tp divides them, each is about HEAD_DIM wide."""
-    possible = [hidden // d for d in range(32, 513) if hidden % (d * tp) == 0]
-    return min(possible or [1], key=lambda n: abs(math.log(hidden / n / HEAD_DIM)))
-
-
-def _vocab(row: Mapping[str, str], arch: str, gated: bool) -> int:
-    """The vocabulary of a row that gives none."""
-    heads, kv_heads, seq_len = (_count(row, k) or 0 for k in ("heads", "kv_heads", "seq_len"))
-    if arch == "gpt" and 0 < kv_heads < heads and seq_len >= LONG_SEQ_LEN:
-        return LONG_VOCAB
-    if (row.get("model") or "").lower().startswith("mt5"):
-        return VOCAB["mt5"]
-    return GPT_VOCAB if arch == "moe" and not gated else VOCAB.get(arch, GPT_VOCAB)
-
-
-def _spec(row: Mapping[str, str], software: Software) -> ModelSpec:
-    """Sizes from the columns; a row without them may name a preset."""
-    name = (row.get("model") or "").strip()
-    layers, hidden = _count(row, "layers"), _count(row, "hidden")
-    parameters = _number(row, "n_params")
-    arch = (row.get("arch") or "gpt").strip()
-    if hidden is None:
-        if name.lower() in preset_names():
-            return resolve_model(name.lower())[0]
-        raise UsageError(f"the row gives no hidden size, and {name!r} is no preset")
-    facts = _facts(row)
-    gated = _is_llama_like(arch, facts)
-    litgpt = "litgpt" in (row.get("framework") or "")
-    experts = _count(row, "experts", 0) or 0
-    ffn = _count(row, "ffn") or (4 * hidden if not gated else -(-8 * hidden // 3 // 256) * 256)
-    vocab = _count(row, "vocab") or _vocab(row, arch, gated)
-    attention = _attention_of(row, facts, hidden, arch, software)
-    top_k = _count(row, "top_k", 1) or 1
-    mlp = Mlp(
-        ffn=ffn, gated=gated, bias=not gated, activation="silu" if gated else "gelu",
-        experts=experts, top_k=min(top_k, experts) if experts else 0,
-        router_parameters=hidden * experts, shared_ffn=ffn if experts and attention.kv_rank else 0,
-    )  # fmt: skip
-    untied = facts["untied"] == "true" if "untied" in facts else gated or litgpt
-    if layers is None:
-        if parameters is None:
-            raise UsageError("the row gives neither layers nor n_params")
-        pp = _count(row, "pp", 1) or 1
-        tables = vocab * hidden * (1 + untied)
-        layers = _layers_from_parameters(parameters - tables, hidden, attention, mlp, pp)
-    seq_len = _count(row, "seq_len", 2048) or 2048
-    blocks = (Block(count=layers, attention=attention, mlp=mlp),)
-    if arch == "t5":
-        blocks = _two_stacks(blocks[0], parameters, hidden, vocab)
-    rotary = gated or litgpt
-    return ModelSpec(
-        name=name or "case", source="cases", family=arch, hidden=hidden, vocab=vocab, blocks=blocks,
-        positions="rotary" if rotary else "learned", max_positions=seq_len,
-        learned_positions=0 if rotary else seq_len, tie_embeddings=not untied,
-        norm="rmsnorm" if gated else "layernorm", norm_bias=not gated,
-        residual_dropout=attention.dropout, embedding_dropout=attention.dropout,
-    )  # fmt: skip
-
-
-def _two_stacks(block: Block, parameters: float | None, hidden: int, vocab: int) -> tuple[Block, ...]:
-    """Encoder and decoder of `layers` blocks each, or of half of them where the stated size says that
-    both stacks were counted."""
-
-    def stacks(count: int) -> tuple[Block, ...]:
-        whole = replace(block.attention, causal=False)
-        encoder = replace(block, count=count, stack="encoder", attention=whole)
-        return encoder, replace(block, count=count, norms=3, cross_attention=whole)
-
-    a, ffn = block.attention, (3 if block.mlp.gated else 2) * block.mlp.ffn
-    pair = hidden * (3 * (a.q_width + a.k_width + a.v_width + a.out_width) + 2 * ffn)
-    if parameters is None or block.count == 1:
-        return stacks(block.count)
-    counts = (block.count, block.count // 2)
-    return stacks(min(counts, key=lambda n: abs(n * pair + vocab * hidden - parameters)))
-
-
-def _layers_from_parameters(inside: float, hidden: int, a: Attention, m: Mlp, pp: int) -> int:
-    """Depth that gives about `inside` weights in all blocks, a multiple of pp."""
-    up = 3 if m.gated else 2
-    block = hidden * (a.q_width + a.k_width + a.v_width + a.out_width)
-    block += up * hidden * m.ffn * max(1, m.experts)
-    return max(1, round(inside / block / pp)) * pp
-
-
 def _with_pp(row: Mapping[str, str]) -> Mapping[str, str]:
     """A row that gives GPUs, tp and dp has said how many pipeline stages there are."""
-    gpus, tp, dp = (_count(row, k) for k in ("gpus", "tp", "dp"))
+    gpus, tp, dp = (count(row, k) for k in ("gpus", "tp", "dp"))
     if gpus is None or tp is None or dp is None or (row.get("pp") or "").strip():
         return row
-    inside = tp * dp * (_count(row, "cp", 1) or 1)
+    inside = tp * dp * (count(row, "cp", 1) or 1)
     return row if gpus % inside else {**row, "pp": str(gpus // inside)}
 
 
 def _ranks(row: Mapping[str, str]) -> tuple[int, int]:
     """(GPUs, data-parallel ranks). Rows that give no GPUs have at least one rank an expert group."""
-    tp, pp, cp, ep = (_count(row, k, 1) or 1 for k in ("tp", "pp", "cp", "ep"))
-    gpus, dp = _count(row, "gpus"), _count(row, "dp")
+    tp, pp, cp, ep = (count(row, k, 1) or 1 for k in ("tp", "pp", "cp", "ep"))
+    gpus, dp = count(row, "gpus"), count(row, "dp")
     if dp is None:
         gpus = gpus or tp * pp * cp * ep
         if gpus % (tp * pp * cp):
@@ -269,7 +116,7 @@ def _batches(row: Mapping[str, str], software: Software, dp: int, pp: int) -> tu
     """(micro_batch, grad_accum). FSDP in a pipeline cuts a rank's batch into pp micro-batches where the
     row does not say (torchtitan's default); elsewhere one sequence at a time. A pipeline whose batch
     is not stated has MICRO_BATCHES_A_STAGE of them."""
-    micro, batch = _count(row, "micro_batch"), _count(row, "global_batch")
+    micro, batch = count(row, "micro_batch"), count(row, "global_batch")
     if micro is None:
         whole = max(1, (batch or dp) // dp)
         micro = max(1, whole // pp) if software.family == "fsdp" and pp > 1 else 1
@@ -288,15 +135,17 @@ def _sequence_parallel(row: Mapping[str, str], software: Software, checkpointing
 
 
 def _strategy(row: Mapping[str, str], software: Software, dp: int, zero: int) -> Strategy:
-    tp, pp, cp = (_count(row, k, 1) or 1 for k in ("tp", "pp", "cp"))
+    tp, pp, cp = (count(row, k, 1) or 1 for k in ("tp", "pp", "cp"))
     micro, accumulate = _batches(row, software, dp, pp)
     word = (row.get("activation_checkpointing") or "none").strip() or "none"
     if word not in ("none", "selective", "full"):
         raise UsageError(f"activation_checkpointing: {word!r} is none, selective or full")
-    sequence = _facts(row).get("seq_parallel", str(_sequence_parallel(row, software, word)).lower())
+    sequence = facts_of(row).get(
+        "seq_parallel", str(_sequence_parallel(row, software, word)).lower()
+    )
     return Strategy(
         zero=zero, dp=dp, tp=tp, pp=pp, cp=cp,
-        vpp=_count(row, "vpp", 1) or 1, ep=_count(row, "ep", 1) or 1,
+        vpp=count(row, "vpp", 1) or 1, ep=count(row, "ep", 1) or 1,
         micro_batch=micro, grad_accum=accumulate,
         activation_checkpointing=word,  # type: ignore[arg-type]
         sequence_parallel=tp > 1 and sequence == "true",
@@ -310,15 +159,17 @@ def _attention(row: Mapping[str, str], software: Software) -> str:
     word = (row.get("attention") or "").strip()
     if word in ("eager", "sdpa", "flash"):
         return word
-    seq_len = _count(row, "seq_len", 2048) or 2048
+    seq_len = count(row, "seq_len", 2048) or 2048
     older = not word or (row.get("activation_checkpointing") or "").strip() == "selective"
-    return "eager" if software.family == "megatron" and seq_len <= EAGER_SEQ_LEN and older else "flash"
+    return (
+        "eager" if software.family == "megatron" and seq_len <= EAGER_SEQ_LEN and older else "flash"
+    )
 
 
 def _finetune(row: Mapping[str, str]) -> Finetune | None:
     """Adapters: a LoRA rank, a method in the notes, or quantized weights, which cannot be trained."""
-    rank, quant = _count(row, "lora_rank"), (row.get("quant") or "none").strip().lower()
-    method = _facts(row).get("method", "")
+    rank, quant = count(row, "lora_rank"), (row.get("quant") or "none").strip().lower()
+    method = facts_of(row).get("method", "")
     bits = quant.removeprefix("bnb.")
     if bits not in ("nf4", "nf4-dq", "int8"):
         bits = "none"
@@ -353,20 +204,22 @@ def express(row: Mapping[str, str], *, machine: Cluster | None = None) -> Case:
     Raises UsageError or UnknownName where that is impossible.
     """
     row = _with_pp(row)
-    software = software_of(row.get("framework") or "", attention=(row.get("attention") or "").strip())
+    software = software_of(
+        row.get("framework") or "", attention=(row.get("attention") or "").strip()
+    )
     if not (row.get("gpu") or "").strip():
         raise UsageError("the row names no gpu")
     a = accelerator((row["gpu"]).strip())
     gpus, dp = _ranks(row)
-    per_node = min(_count(row, "gpus_per_node", 8) or 8, gpus)
+    per_node = min(count(row, "gpus_per_node", 8) or 8, gpus)
     text = (row.get("zero") or "0").strip() or "0"
     zero = int(text[0]) if text[:1] in "0123" else -1
     if zero < 0:
         raise UsageError(f"zero: {text!r} is none of 0, 1, 2, 3, 3-offload")
-    spec = _spec(row, software)
+    spec = case_spec(row, software)
     strategy = _strategy(row, software, dp, zero)
     precision = (row.get("precision") or "bf16").strip()
-    seq_len = _count(row, "seq_len", min(2048, spec.max_positions)) or 2048
+    seq_len = count(row, "seq_len", min(2048, spec.max_positions)) or 2048
     job = Job(
         model=spec.name, seq_len=seq_len, global_batch=strategy.global_batch, steps=1,
         precision=precision,  # type: ignore[arg-type]
@@ -405,9 +258,7 @@ def _with_unstated(case: Case, row: Mapping[str, str]) -> Case:
     candidates = Candidates.of(choices)
     found = evaluate(case.spec, case.job, case.cluster, candidates, software=case.software)
     fits = np.flatnonzero(found.verdict < VERDICTS.index("no"))
-    return replace(
-        case, strategy=choices[int(fits[0]) if len(fits) else -1], stated=case.strategy
-    )
+    return replace(case, strategy=choices[int(fits[0]) if len(fits) else -1], stated=case.strategy)
 
 
 def evaluate_case(case: Case) -> Estimates:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from outlay.planner.spec.cluster import SCHEMA_CLUSTER, Cluster, Link
 from outlay.planner.spec.files import check_schema, parse, read_mapping
@@ -21,8 +23,14 @@ DEFAULT_PER_NODE = 8
 """Accelerators a node where the reference does not say: the size of an HGX board and of most servers."""
 
 
+@cache
+def _links() -> dict[str, Any]:
+    links: dict[str, Any] = read_yaml("efficiency/links.yaml")
+    return links
+
+
 def _latency_s(kind: str) -> float:
-    return float(read_yaml("efficiency/links.yaml")[kind]["latency_s"]["value"])
+    return float(_links()[kind]["latency_s"]["value"])
 
 
 def _intra_link(a: Accelerator, per_node: int) -> Link:
@@ -155,7 +163,7 @@ def cluster_of(a: Accelerator, *, gpus: int, per_node: int, interconnect: str) -
     """
     usable, notes = _usable(a)
     nodes = -(-gpus // per_node)
-    network = read_yaml("efficiency/links.yaml")["network"]
+    network = _links()["network"]
     assumed, port = network["assumed_gbps_per_accelerator"], network["omni_path"]
     each = float(assumed["value"])
     for rate, known in assumed["by_pcie_bytes_per_s"].items():

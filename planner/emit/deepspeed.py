@@ -14,6 +14,7 @@ from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.strategy import Strategy
+from outlay.profiles.errors import UsageError
 
 _OPTIMIZER_TYPE = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 
@@ -57,6 +58,11 @@ def deepspeed_config(
     `scheduler` section. On CPU the optimizer is torch's: DeepSpeed's fused one would be compiled.
     """
     optimizer = job.optimizer
+    if optimizer.name not in _OPTIMIZER_TYPE:
+        raise UsageError(
+            f"optimizer {optimizer.name} can be estimated, but not written for DeepSpeed yet",
+            do=f"one of {', '.join(_OPTIMIZER_TYPE)}",
+        )
     params: dict[str, Any] = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
     if optimizer.name == "sgd":
         params["momentum"] = optimizer.momentum

@@ -161,7 +161,9 @@ def mlp_tensors(mlp: Mlp, hidden: int, ex: Execution) -> Iterator[Saved]:
         yield from _ffn_tensors(mlp, mlp.ffn * mlp.top_k, ex, "routed")
         for name in ("routed input", "expert output"):
             yield Saved(name=name, size_bytes=w * mlp.top_k * hidden, split="sequence")
-        yield Saved(name="router", size_bytes=4.0 * mlp.experts + 28.0 * mlp.top_k, split="sequence")
+        yield Saved(
+            name="router", size_bytes=4.0 * mlp.experts + 28.0 * mlp.top_k, split="sequence"
+        )
         if mlp.shared_ffn:
             yield from _ffn_tensors(mlp, mlp.shared_ffn, ex, "tp")
     else:
@@ -178,7 +180,9 @@ def _ffn_tensors(mlp: Mlp, ffn: int, ex: Execution, split: Split) -> Iterator[Sa
             inner = GELU_TENSORS.get(mlp.activation, 2) - 1
             yield Saved(name="activation", size_bytes=inner * one, split=split)
         if ex.kernels != "compiled":
-            yield Saved(name="product", size_bytes=one, split=split, for_weight=True, linear_input=True)
+            yield Saved(
+                name="product", size_bytes=one, split=split, for_weight=True, linear_input=True
+            )
         return
     inner = GELU_TENSORS.get(mlp.activation, 2) - 1 if ex.kernels == "hf" else 1
     yield Saved(name="activation", size_bytes=inner * one, split=split, per_op=True)

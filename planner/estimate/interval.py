@@ -34,12 +34,16 @@ def _normal_tail(z: Array) -> Array:
     """1 − Φ(z), by Abramowitz & Stegun 26.2.17 (absolute error below 7.5e-8); numpy has no erf."""
     x = np.abs(z)
     t = 1.0 / (1.0 + 0.2316419 * x)
-    poly = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
+    poly = t * (
+        0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429)))
+    )
     tail = np.exp(-x * x / 2.0) / np.sqrt(2.0 * np.pi) * poly
-    return np.where(z >= 0, tail, 1.0 - tail)
+    upper: Array = np.where(z >= 0, tail, 1.0 - tail)
+    return upper
 
 
 def verdict_index(risk: Array, usual_risk: Array) -> Array:
     """Index into VERDICTS. `risk`: of the least footprint, at which a run fails; `usual_risk`: of the one
     it has where memory is plenty."""
-    return np.where(risk > NO_RISK, 2, np.where(usual_risk > TIGHT_RISK, 1, 0))
+    index: Array = np.where(risk > NO_RISK, 2, np.where(usual_risk > TIGHT_RISK, 1, 0))
+    return index

@@ -13,7 +13,9 @@ GELU_TENSORS = {"gelu_new": 5, "gelu_fast": 6, "quick_gelu": 3, "relu": 1, "relu
 is written out in Python (x, x³ term, tanh, 1 + tanh, result), relu keeps its result only; the others,
 one operator each, keep input and result: 2."""
 
-SOFTMAX_IN_WIDTH = frozenset({"gpt2", "gpt_bigcode", "gptj", "falcon", "bert", "roberta", "electra", "bart"})
+SOFTMAX_IN_WIDTH = frozenset(
+    {"gpt2", "gpt_bigcode", "gptj", "falcon", "bert", "roberta", "electra", "bart"}
+)
 """Families whose eager attention takes the softmax in the width of the scores, without an fp32 copy."""
 
 PARTIAL_ROTARY = frozenset({"gpt_neox", "phi", "phi3", "stablelm", "glm", "persimmon"})
@@ -32,7 +34,13 @@ class Fp32Norm:
 _RMS = Fp32Norm(normed_bytes=0)
 _GEMMA = Fp32Norm(normed_bytes=4)
 _OLMO = Fp32Norm(normed_bytes=None)
-_IN_FP32 = {"gemma": _GEMMA, "gemma2": _GEMMA, "gemma3": _GEMMA, "gemma3_text": _GEMMA, "olmo": _OLMO}
+_IN_FP32 = {
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo": _OLMO,
+}
 
 
 def fp32_norm(family: str, norm: str) -> Fp32Norm | None:

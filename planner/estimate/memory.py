@@ -73,6 +73,7 @@ class Memory:
     def in_kind(self, kind: str) -> Array:
         """The peak as a measurement of that `memory_kind` would show it; device bytes by default."""
         runtime, waste = self.parts["runtime"], self.parts["fragmentation"]
+        whole: Array
         if kind.startswith("allocated") or kind in ("active", "host_growth"):
             whole = self.allocated
         elif kind == "reserved":
@@ -80,7 +81,7 @@ class Memory:
         else:
             return self.device
         if kind.endswith("_last_rank"):
-            return (self.by_position[2] - runtime) * (whole / (self.allocated + waste))
+            whole = (self.by_position[2] - runtime) * (whole / (self.allocated + waste))
         return whole
 
 
@@ -106,7 +107,8 @@ def in_flight(c: Candidates) -> Array:
     rank = np.stack([np.zeros_like(c.pp), np.minimum(1, c.pp - 1), c.pp - 1])
     plain = np.minimum(c.pp - rank, c.grad_accum)
     chunks = np.minimum(2 * (c.pp - rank - 1) + (c.vpp - 1) * c.pp + 1, c.grad_accum * c.vpp)
-    return np.where((c.vpp > 1) & (c.pp > 1), chunks / c.vpp, plain)
+    alive: Array = np.where((c.vpp > 1) & (c.pp > 1), chunks / c.vpp, plain)
+    return alive
 
 
 def _length(spec: ModelSpec, job: Job, stack: str) -> int:
@@ -126,9 +128,7 @@ def _per_block(
     scores = s.scores * keys[0] + s.cross_scores * keys[1]
     shared = np.where(c.sequence_parallel > 0, c.tp, 1)
     routed = s.routed * imbalance
-    whole = tokens * (
-        (s.sharded + routed + scores) / c.tp + s.replicated / shared
-    )
+    whole = tokens * ((s.sharded + routed + scores) / c.tp + s.replicated / shared)
     selective = whole - tokens * scores / c.tp
     if software.selective == "per_op":
         selective = tokens * (s.per_op_sharded / c.tp + s.per_op_replicated / shared)
@@ -171,7 +171,8 @@ def _activations(
         last = np.maximum(last, np.where(count > 0, transient + whole, 0.0))
     shared = np.where(c.sequence_parallel > 0, c.tp, 1)
     edge = sequences * job.seq_len * spec.hidden * ex.width / shared
-    return in_flight(c) * (saved + _edges(c, software) * edge), live, last
+    alive: Array = in_flight(c) * (saved + _edges(c, software) * edge)
+    return alive, live, last
 
 
 def _edges(c: Candidates, software: Software) -> Array:
@@ -201,9 +202,12 @@ def _logits(
         if np.any(c.loss == i):
             k, p = logits_bytes_per_token(spec, width, loss=name, implementation=software.loss)
             if software.family == "deepspeed":
-                p = p + np.where((c.pp > 1) & (c.grad_accum > 1), k, 0.0)
-            peak = np.where(c.loss == i, p, peak)
-    return loads.has_head * peak * tokens / c.tp
+                kept = np.where((c.pp > 1) & (c.grad_accum > 1), k, 0.0)
+                peak = np.where(c.loss == i, p + kept, peak)
+            else:
+                peak = np.where(c.loss == i, p, peak)
+    whole: Array = loads.has_head * peak * tokens / c.tp
+    return whole
 
 
 def _phases(
@@ -220,8 +224,7 @@ def _phases(
     again = np.where(c.grad_accum > 1, states.gradients_held, states.gradients_always)
     buffers = states.communication
     gathered = states.gathered + work
-    load = np.maximum(states.load - states.parameters - states.optimizer_states, 0.0)
-    return (
+    phases = (
         _Alive(gradients=again, activations=saved, logits=logits,
                communication=states.communication_always, workspace=gathered),
         _Alive(gradients=np.maximum(again, np.minimum(states.gradients_held, head_grad)),
@@ -231,9 +234,12 @@ def _phases(
                logits=nothing, communication=buffers, workspace=gathered),
         _Alive(gradients=states.gradients_held, activations=nothing, logits=nothing,
                communication=nothing, workspace=states.step_temporary + work),
-        _Alive(gradients=nothing, activations=nothing, logits=nothing,
-               communication=nothing, workspace=np.where(states.load > 0, load, 0.0)),
     )  # fmt: skip
+    if not np.any(states.load):
+        return phases
+    load = np.maximum(states.load - states.parameters - states.optimizer_states, 0.0)
+    return (*phases, _Alive(gradients=nothing, activations=nothing, logits=nothing,
+                            communication=nothing, workspace=load))  # fmt: skip
 
 
 def _held(spec: ModelSpec, job: Job, c: Candidates, loads: StageLoads, software: Software) -> Held:
@@ -245,7 +251,10 @@ def _held(spec: ModelSpec, job: Job, c: Candidates, loads: StageLoads, software:
     if job.finetune is not None:
         trainable = min(1.0, adapter_parameters(spec, job.finetune) / counts.total)
         if job.finetune.quant != "none":
-            linear = sum(b.count * (p.total - p.norms) for b, p in zip(spec.blocks, counts.blocks, strict=True))
+            linear = sum(
+                b.count * (p.total - p.norms)
+                for b, p in zip(spec.blocks, counts.blocks, strict=True)
+            )
             linear += counts.head * software.quantizes_head
             low, width = QUANTIZED_BYTES[job.finetune.quant], width_of(job.precision)
             frozen = (linear * low + (counts.total - linear) * width) / counts.total
@@ -297,9 +306,16 @@ def estimate_memory(
     )
     held = _held(spec, job, c, loads, software)
     states = state_bytes(
-        held, c, software=software, precision=job.precision, optimizer=_optimizer_key(job), bucket=bucket
+        held,
+        c,
+        software=software,
+        precision=job.precision,
+        optimizer=_optimizer_key(job),
+        bucket=bucket,
     )
-    activations = _activations(spec, job, c, loads, ex, software, figures["memory.expert_imbalance"])
+    activations = _activations(
+        spec, job, c, loads, ex, software, figures["memory.expert_imbalance"]
+    )
     logits = _logits(spec, job, c, loads, width, software)
     head_grad = held.trainable * width * float(spec.vocab * spec.hidden) / c.tp * loads.has_head
     work = figures["memory.workspace_bytes"]

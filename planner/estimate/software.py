@@ -46,6 +46,8 @@ class Software:
     """The optimizer is torch's own, operator by operator, with intermediates of its size; else fused."""
     fused_optimizer: bool = True
     """One kernel a step, without temporaries as large as what it steps."""
+    accumulates_whole: bool = False
+    """Gradients stay whole between micro-batches: FSDP's `no_sync`, which litgpt accumulates under."""
     quant_saves_input: bool = False
     """A 4-bit linear layer keeps its input though its weight is frozen."""
     quantizes_head: bool = False
@@ -117,7 +119,7 @@ SINGLE = Software(
 )
 LITGPT = replace(SINGLE, loss="narrow", quant_saves_input=True, quantizes_head=True)
 COMPOSER = replace(FSDP, loss="fused")
-LITGPT_FSDP = replace(FSDP, master=False, loss="narrow")
+LITGPT_FSDP = replace(FSDP, master=False, loss="narrow", accumulates_whole=True)
 CPU_DEEPSPEED = Software(
     family="deepspeed",
     kernels="hf",

@@ -55,7 +55,9 @@ class Held:
     def shard(self, c: Candidates) -> Array:
         """One rank's part of all of them."""
         ranks = c.dp * c.cp * c.sp
-        return np.ceil(self.dense / ranks) + np.ceil(self.experts / np.maximum(1, ranks // c.ep))
+        shared = np.ceil(self.dense / ranks)
+        whole: Array = shared + np.ceil(self.experts / np.maximum(1, ranks // c.ep))
+        return whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +204,7 @@ def _fsdp(
     keeps no master weights), and what is gathered in the width: all that is in no block, the block at
     work and the one prefetched. In a pipeline the stage stays gathered, with whole gradients, until
     the last micro-batch. Adapters: FSDP's flat parameter mixes them with frozen weights, so each
-    gradient is as long as the weights; loading a whole checkpoint gathers all weights beside shards.
+    block's gradient is as long as its weights; loading a whole checkpoint gathers all beside shards.
     """
     parameters, shard = held.total, held.shard(c)
     held_bytes = 4 if software.master or width == 4 else width
@@ -215,10 +217,14 @@ def _fsdp(
     new = (width + reduced) * np.maximum(held.block, held.root / 2)
     share = held.trainable * shard
     moments = MOMENTS[optimizer] * held_bytes / 4
+    unsynced = software.accumulates_whole & (c.grad_accum > 1)
+    # Frozen weights outside the blocks are flat parameters of their own, without gradients.
+    outside = held.root if held.trainable < 1 else 0.0
+    gradients = held_bytes * np.where(unsynced, parameters - outside, shard)
     loading = held_bytes * (parameters + 1.5 * shard) if held.trainable < 1 else 0.0
     return {
         "parameters": held_bytes * shard,
-        "gradients_held": held_bytes * shard + np.where(pipeline, reduced * parameters, 0.0),
+        "gradients_held": gradients + np.where(pipeline, reduced * parameters, 0.0),
         "gradients_always": 0.0,
         "gradients_new": new,
         "optimizer_states": np.where(c.offload_optimizer > 0, 0.0, moments * share),

@@ -12,7 +12,9 @@ transformers = pytest.importorskip("transformers")
 from outlay.planner.estimate.activations import Execution, block_saved  # noqa: E402
 from outlay.planner.spec.families import spec_from_config  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
 
 BATCH, LENGTH = 2, 48
 TOLERANCE = 0.03
@@ -49,11 +51,16 @@ EAGER_ONLY = ("bloom", "falcon")
 
 
 def _config(family: str, layers: int) -> Any:
-    values = CONFIGS[family] | {_LAYERS_KEY.get(family, "num_hidden_layers"): layers, "use_cache": False}
+    values = CONFIGS[family] | {
+        _LAYERS_KEY.get(family, "num_hidden_layers"): layers,
+        "use_cache": False,
+    }
     return transformers.AutoConfig.for_model(family, **values)
 
 
-def _saved_bytes(family: str, layers: int, attention: str, dtype: Any, *, checkpointing: bool) -> int:
+def _saved_bytes(
+    family: str, layers: int, attention: str, dtype: Any, *, checkpointing: bool
+) -> int:
     """Storages that autograd keeps after a forward pass, weights and buffers left out."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
@@ -97,14 +104,20 @@ CASES = [
 def test_block_saves_what_torch_saves(family: str, attention: str, precision: str) -> None:
     dtype = getattr(torch, precision)
     three = _saved_bytes(family, 3, attention, dtype, checkpointing=False)
-    measured = (three - _saved_bytes(family, 2, attention, dtype, checkpointing=False)) / (BATCH * LENGTH)
+    measured = (three - _saved_bytes(family, 2, attention, dtype, checkpointing=False)) / (
+        BATCH * LENGTH
+    )
     assert _predicted(family, attention, dtype.itemsize) == pytest.approx(measured, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
 def test_checkpointed_block_saves_its_input(family: str) -> None:
     three = _saved_bytes(family, 3, "sdpa", torch.bfloat16, checkpointing=True)
-    measured = (three - _saved_bytes(family, 2, "sdpa", torch.bfloat16, checkpointing=True)) / (BATCH * LENGTH)
+    measured = (three - _saved_bytes(family, 2, "sdpa", torch.bfloat16, checkpointing=True)) / (
+        BATCH * LENGTH
+    )
     spec = spec_from_config(_config(family, 2).to_dict(), name=family, source="test")
     ex = Execution(width=2, kernels="hf", attention="sdpa")
-    assert block_saved(spec, spec.blocks[0], ex).block_input == pytest.approx(measured, rel=TOLERANCE)
+    assert block_saved(spec, spec.blocks[0], ex).block_input == pytest.approx(
+        measured, rel=TOLERANCE
+    )

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from outlay.planner.cases import COLUMNS_IN, COLUMNS_OUT, evaluate_case, express, predict, predict_file
+from outlay.planner.cases import (
+    COLUMNS_IN,
+    COLUMNS_OUT,
+    evaluate_case,
+    express,
+    predict,
+    predict_file,
+)
 from outlay.profiles.errors import FileError, UsageError
 
 LLAMA = {
@@ -27,7 +34,9 @@ def _write(path: Path, rows: list[dict[str, str]]) -> Path:
 
 def test_one_row_out_for_each_in(tmp_path: Path) -> None:
     bad = {"id": "b", "gpu": "no-such-gpu", "hidden": "64", "layers": "2"}
-    source = _write(tmp_path / "in.csv", [LLAMA, bad, LLAMA | {"id": "c", "memory_kind": "allocated"}])
+    source = _write(
+        tmp_path / "in.csv", [LLAMA, bad, LLAMA | {"id": "c", "memory_kind": "allocated"}]
+    )
     assert predict_file(source, tmp_path / "out.csv") == (3, 1)
     with (tmp_path / "out.csv").open(encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -37,7 +46,10 @@ def test_one_row_out_for_each_in(tmp_path: Path) -> None:
     assert "no-such-gpu" in out[1]["error"]
     assert out[1]["predicted_memory_gib"] == ""
     assert out[0]["error"] == ""
-    low, high = float(out[0]["predicted_memory_low_gib"]), float(out[0]["predicted_memory_high_gib"])
+    low, high = (
+        float(out[0]["predicted_memory_low_gib"]),
+        float(out[0]["predicted_memory_high_gib"]),
+    )
     assert low < float(out[0]["predicted_memory_gib"]) < high
     assert float(out[2]["predicted_memory_gib"]) < float(out[0]["predicted_memory_gib"])
 
@@ -70,12 +82,23 @@ def test_nonsense_is_named(change: dict[str, str], word: str) -> None:
 def test_unstated_checkpointing_is_the_least_that_fits() -> None:
     row = LLAMA | {"activation_checkpointing": "", "micro_batch": "16", "framework": "megatron"}
     assert express(row).strategy.activation_checkpointing == "full"
-    assert express(row | {"micro_batch": "1", "gpu": "b200"}).strategy.activation_checkpointing == "none"
-    assert express(row | {"activation_checkpointing": "none"}).strategy.activation_checkpointing == "none"
+    assert (
+        express(row | {"micro_batch": "1", "gpu": "b200"}).strategy.activation_checkpointing
+        == "none"
+    )
+    assert (
+        express(row | {"activation_checkpointing": "none"}).strategy.activation_checkpointing
+        == "none"
+    )
 
 
 def test_adapters_and_quantization() -> None:
-    row = LLAMA | {"zero": "0", "gpus": "1", "framework": "litgpt(fabric)", "activation_checkpointing": "none"}
+    row = LLAMA | {
+        "zero": "0",
+        "gpus": "1",
+        "framework": "litgpt(fabric)",
+        "activation_checkpointing": "none",
+    }
     full = evaluate_case(express(row)).memory.allocated[0]
     lora = evaluate_case(express(row | {"lora_rank": "8"})).memory.allocated[0]
     qlora = evaluate_case(express(row | {"lora_rank": "8", "quant": "bnb.nf4"})).memory.allocated[0]

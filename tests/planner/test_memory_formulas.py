@@ -44,7 +44,9 @@ def test_korthikanti_tensor_parallel() -> None:
     ("pp", "vpp", "accumulate", "first", "last"),
     [(4, 1, 32, 4, 1), (8, 1, 2, 2, 1), (4, 3, 8, 15 / 3, 9 / 3), (4, 8, 8, 35 / 8, 29 / 8)],
 )
-def test_micro_batches_in_flight(pp: int, vpp: int, accumulate: int, first: float, last: float) -> None:
+def test_micro_batches_in_flight(
+    pp: int, vpp: int, accumulate: int, first: float, last: float
+) -> None:
     """1F1B: pp on the first stage, one on the last; interleaved by Megatron's warm-up count."""
     c = Candidates.of([Strategy(pp=pp, vpp=vpp, grad_accum=accumulate)])
     flight = in_flight(c)
@@ -52,11 +54,17 @@ def test_micro_batches_in_flight(pp: int, vpp: int, accumulate: int, first: floa
     assert float(flight[2, 0]) == pytest.approx(last)
 
 
-def _states(strategy: Strategy, software: object, precision: str, **more: float) -> dict[str, float]:
+def _states(
+    strategy: Strategy, software: object, precision: str, **more: float
+) -> dict[str, float]:
     c = Candidates.of([strategy])
     size = np.full((3, 1), 1e9)
-    held = Held(dense=size, experts=0 * size, block=np.zeros(1), root=0 * size, largest_tensor=1e6, **more)
-    s = state_bytes(held, c, software=software, precision=precision, optimizer="adamw", bucket=np.zeros(1))  # type: ignore[arg-type]
+    held = Held(
+        dense=size, experts=0 * size, block=np.zeros(1), root=0 * size, largest_tensor=1e6, **more
+    )
+    s = state_bytes(
+        held, c, software=software, precision=precision, optimizer="adamw", bucket=np.zeros(1)
+    )  # type: ignore[arg-type]
     return {k: float(v[0, 0]) / 1e9 for k, v in vars(s).items()}
 
 
@@ -65,14 +73,18 @@ def test_megatron_holds_18_bytes_a_parameter() -> None:
     s = _states(Strategy(zero=0), MEGATRON, "bf16")
     assert s["parameters"] + s["gradients_held"] + s["optimizer_states"] == pytest.approx(18)
     s = _states(Strategy(zero=1, dp=4), MEGATRON, "bf16")
-    assert s["parameters"] + s["gradients_held"] + s["optimizer_states"] == pytest.approx(6 + 12 / 4)
+    assert s["parameters"] + s["gradients_held"] + s["optimizer_states"] == pytest.approx(
+        6 + 12 / 4
+    )
 
 
 def test_zero_stages_of_the_paper() -> None:
     """ZeRO (arXiv 1910.02054, figure 1): 16Ψ, 4Ψ + 12Ψ/N, 2Ψ + 14Ψ/N, 16Ψ/N with N = 64."""
     for stage, bytes_ in ((0, 16), (1, 4 + 12 / 64), (2, 2 + 14 / 64), (3, 16 / 64)):
         s = _states(Strategy(zero=stage, dp=64), DEEPSPEED, "bf16")
-        assert s["parameters"] + s["gradients_held"] + s["optimizer_states"] == pytest.approx(bytes_, rel=1e-6)
+        assert s["parameters"] + s["gradients_held"] + s["optimizer_states"] == pytest.approx(
+            bytes_, rel=1e-6
+        )
 
 
 def test_sixteen_bit_single_gpu_and_qlora() -> None:
@@ -97,7 +109,10 @@ def test_frozen_weights_keep_no_linear_inputs() -> None:
     spec = _gpt(0.0)
     full = Execution(width=2, kernels="fused", attention="flash")
     lora = Execution(width=2, kernels="fused", attention="flash", finetune=Finetune(dropout=0.0))
-    saved = block_saved(spec, spec.blocks[0], full).sharded - block_saved(spec, spec.blocks[0], lora).sharded
+    saved = (
+        block_saved(spec, spec.blocks[0], full).sharded
+        - block_saved(spec, spec.blocks[0], lora).sharded
+    )
     assert saved == pytest.approx(2 * 4 * H)
 
 
@@ -106,5 +121,8 @@ def test_logits_of_a_plain_loss() -> None:
     spec = _gpt()
     assert logits_bytes_per_token(spec, 2, loss="plain") == (6 * 51200, 14 * 51200)
     assert logits_bytes_per_token(spec, 4, loss="plain") == (8 * 51200, 16 * 51200)
-    assert logits_bytes_per_token(spec, 2, loss="plain", implementation="vocab_parallel")[1] == 6 * 51200
+    assert (
+        logits_bytes_per_token(spec, 2, loss="plain", implementation="vocab_parallel")[1]
+        == 6 * 51200
+    )
     assert logits_bytes_per_token(spec, 2, loss="chunked")[0] == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,13 +31,24 @@ from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
 from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.loader import accelerator
 
-SOFTWARE = (DEEPSPEED, CPU_DEEPSPEED, MEGATRON, MEGATRON_DEEPSPEED, FSDP, FSDP_COMPILED, DDP, SINGLE)
+SOFTWARE = (
+    DEEPSPEED,
+    CPU_DEEPSPEED,
+    MEGATRON,
+    MEGATRON_DEEPSPEED,
+    FSDP,
+    FSDP_COMPILED,
+    DDP,
+    SINGLE,
+)
 FIGURES = efficiency_for(accelerator("a100-sxm-80gb"))
 powers = st.sampled_from([1, 2, 4, 8])
 
 
 def _spec(layers: int, heads: int, *, gated: bool, experts: int = 0) -> ModelSpec:
-    attention = Attention(heads=heads, kv_heads=max(1, heads // 2), head_dim=64, dropout=0.0 if gated else 0.1)
+    attention = Attention(
+        heads=heads, kv_heads=max(1, heads // 2), head_dim=64, dropout=0.0 if gated else 0.1
+    )
     mlp = Mlp(ffn=256 * heads, gated=gated, experts=experts, top_k=min(2, experts))
     return ModelSpec(
         name="any", source="test", family="llama" if gated else "gpt", hidden=64 * heads, vocab=5000,
@@ -64,13 +77,25 @@ def strategies(draw: st.DrawFn) -> Strategy:
 
 
 def _job(attention: str = "flash", precision: str = "bf16", seq_len: int = 512) -> Job:
-    return Job(model="any", seq_len=seq_len, global_batch=1, steps=1, precision=precision, attention=attention)  # type: ignore[arg-type]
+    return Job(
+        model="any",
+        seq_len=seq_len,
+        global_batch=1,
+        steps=1,
+        precision=precision,
+        attention=attention,
+    )  # type: ignore[arg-type]
 
 
 def _memory(spec: ModelSpec, software: Software, *several: Strategy, **job: object) -> Memory:
     c = Candidates.of(several)
     return estimate_memory(
-        spec, _job(**job), c, bucket=reduce_buckets(spec, c), figures=FIGURES, software=software  # type: ignore[arg-type]
+        spec,
+        _job(**job),
+        c,
+        bucket=reduce_buckets(spec, c),
+        figures=FIGURES,
+        software=software,  # type: ignore[arg-type]
     )
 
 
@@ -96,8 +121,6 @@ def test_parts_sum_and_are_finite(
 def test_more_checkpointing_never_needs_more(
     spec: ModelSpec, strategy: Strategy, software: Software, attention: str
 ) -> None:
-    import dataclasses
-
     several = [dataclasses.replace(strategy, activation_checkpointing=w) for w in CHECKPOINTING]  # type: ignore[arg-type]
     m = _memory(spec, software, *several, attention=attention)
     assert m.allocated[0] * (1 + 1e-9) >= m.allocated[1]
@@ -108,8 +131,6 @@ def test_more_checkpointing_never_needs_more(
 @given(specs, strategies(), st.sampled_from(SOFTWARE))
 def test_linear_in_micro_batch(spec: ModelSpec, strategy: Strategy, software: Software) -> None:
     """Once activations make the peak, each sequence more costs the same."""
-    import dataclasses
-
     several = [dataclasses.replace(strategy, micro_batch=n) for n in (256, 512, 768)]
     a, b, c = _memory(spec, software, *several).allocated
     assert b - a == pytest.approx(c - b, rel=1e-6)
@@ -122,7 +143,9 @@ def _zero3(spec: ModelSpec, software: Software, ranks: list[int]) -> States:
     ones: Array = np.ones(len(c))
     held = Held(dense=loads.dense_parameters, experts=loads.expert_parameters, block=1e6 * ones,
                 root=0 * loads.dense_parameters, largest_tensor=1e6)  # fmt: skip
-    return state_bytes(held, c, software=software, precision="bf16", optimizer="adamw", bucket=1e6 * ones)
+    return state_bytes(
+        held, c, software=software, precision="bf16", optimizer="adamw", bucket=1e6 * ones
+    )
 
 
 @settings(max_examples=200, deadline=None)

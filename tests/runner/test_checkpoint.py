@@ -40,15 +40,15 @@ DROPOUT = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
 def test_a_resume_repeats_the_losses_to_the_last_bit(
     ranks: RankPool, tmp_path: Path, plan: r.Plan
 ) -> None:
-    went_on = ranks.call("ranks:train_save_train", plan, str(tmp_path), 3, 4)
-    resumed = ranks.call("ranks:resume_train", plan, went_on[0]["folder"], 4)
+    went_on = ranks.call("ranks_saved:train_save_train", plan, str(tmp_path), 3, 4)
+    resumed = ranks.call("ranks_saved:resume_train", plan, went_on[0]["folder"], 4)
     assert [rank["losses"] for rank in resumed] == [rank["losses"] for rank in went_on]
     assert resumed[0]["state"]["data"] == {"step": 3}
 
 
 def test_another_plan_is_refused_with_the_difference(ranks: RankPool, saved: Path) -> None:
     with pytest.raises(UsageError, match="written under another plan") as caught:
-        ranks.call("ranks:resume_train", r.tiny_plan(zero=2), str(saved), 1)
+        ranks.call("ranks_saved:resume_train", r.tiny_plan(zero=2), str(saved), 1)
     assert "zero: 1 → 2" in caught.value.why
 
 
@@ -56,7 +56,7 @@ def test_another_plan_is_refused_with_the_difference(ranks: RankPool, saved: Pat
 def pristine(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One real checkpoint of ZeRO-1 on two ranks, not to be touched."""
     root = tmp_path_factory.mktemp("pristine")
-    (folder,) = set(ranks.call("ranks:save_into", r.tiny_plan(zero=1), str(root), [7], 2)[0])
+    (folder,) = set(ranks.call("ranks_saved:save_into", r.tiny_plan(zero=1), str(root), [7], 2)[0])
     return Path(folder)
 
 
@@ -129,7 +129,7 @@ def test_all_ranks_refuse_a_damaged_checkpoint(
 ) -> None:
     why = damage(saved)
     with pytest.raises(CheckpointError, match=why):
-        ranks.call("ranks:resume_train", r.tiny_plan(zero=1), str(saved), 1)
+        ranks.call("ranks_saved:resume_train", r.tiny_plan(zero=1), str(saved), 1)
 
 
 @settings(
@@ -193,7 +193,9 @@ def test_the_newest_that_verifies_is_taken_and_the_others_explained(saved: Path)
 def test_old_ones_and_what_a_crash_left_are_dropped(ranks: RankPool, saved: Path) -> None:
     root = saved.parent
     (root / "step-00000008.partial" / "shards").mkdir(parents=True)
-    folders = ranks.call("ranks:save_into", r.tiny_plan(zero=1), str(root), [10, 11, 12, 12], 2)[0]
+    folders = ranks.call(
+        "ranks_saved:save_into", r.tiny_plan(zero=1), str(root), [10, 11, 12, 12], 2
+    )[0]
     assert [Path(folder).name[-2:] for folder in folders] == ["10", "11", "12", "12"]
     assert sorted(p.name for p in root.iterdir()) == ["step-00000011", "step-00000012"]
     assert checkpoint.newest_valid(root) == (root / "step-00000012", [])
@@ -202,14 +204,14 @@ def test_old_ones_and_what_a_crash_left_are_dropped(ranks: RankPool, saved: Path
 def test_what_cannot_be_written_is_one_error_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
     (tmp_path / "root").write_text("a file where a folder should be")
     with pytest.raises(CheckpointError, match="cannot be written") as caught:
-        ranks.call("ranks:save_into", r.tiny_plan(zero=1), str(tmp_path / "root"), [1], 2)
+        ranks.call("ranks_saved:save_into", r.tiny_plan(zero=1), str(tmp_path / "root"), [1], 2)
     assert "root" in caught.value.where
     assert ranks.alive
 
 
 def test_shards_are_read_without_running_what_they_say(ranks: RankPool, saved: Path) -> None:
     """Even where somebody made the hashes fit."""
-    ranks.call("ranks:write_code_into", str(_shard(saved)))
+    ranks.call("ranks_saved:write_code_into", str(_shard(saved)))
     manifest = json.loads((saved / "manifest.json").read_text())
     for entry in manifest["files"]:
         if entry["path"].endswith(_shard(saved).name):
@@ -219,7 +221,7 @@ def test_shards_are_read_without_running_what_they_say(ranks: RankPool, saved: P
     (saved / "manifest.json").write_text(json.dumps(manifest))
     checkpoint.verify(saved)
     with pytest.raises(CheckpointError, match="a shard holds more than numbers") as caught:
-        ranks.call("ranks:resume_train", r.tiny_plan(zero=1), str(saved), 1)
+        ranks.call("ranks_saved:resume_train", r.tiny_plan(zero=1), str(saved), 1)
     assert str(_shard(saved)) in caught.value.where
 
 

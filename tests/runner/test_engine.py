@@ -43,7 +43,6 @@ def reference(ranks: RankPool) -> Reference:
         ("llama", {"zero": 3, "activation_checkpointing": "full"}),
         ("gpt2", {"zero": 1}),
         ("gpt2", {"zero": 3}),
-        ("qwen3", {"zero": 3}),
     ],
     ids=lambda value: (
         value if isinstance(value, str) else "-".join(f"{k}{v}" for k, v in value.items())
@@ -60,7 +59,7 @@ def test_two_ranks_are_one_process(
     assert first["is_loss_rank"] and second["is_loss_rank"] and not first["pipeline"]
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [0, 1, 3])
 def test_bf16_follows_fp32(ranks: RankPool, reference: Reference, zero: int) -> None:
     """To bf16's rounding. DeepSpeed's silent first step (repairs.py) would be off by 0.06."""
     found = ranks.call("ranks:train", r.tiny_plan(zero=zero, precision="bf16"), STEPS)[0]

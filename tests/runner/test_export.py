@@ -55,16 +55,16 @@ def test_transformers_loads_what_was_trained(
     """Identical logits; a run that starts from the folder starts at the loss where the first ended."""
     folder = tmp_path / "export"
     plan = r.tiny_plan(family, **strategy)
-    trained = ranks.call("ranks:train_and_export", plan, 3, str(folder), str(tokenizer))
+    trained = ranks.call("ranks_saved:train_and_export", plan, 3, str(folder), str(tokenizer))
     logits = next(rank["logits"] for rank in trained if rank["logits"] is not None)
-    back = ranks.call("ranks:reloaded", str(folder), plan)[0]
+    back = ranks.call("ranks_saved:reloaded", str(folder), plan)[0]
     np.testing.assert_array_equal(back["logits"], logits)
     assert back["missing"] == []
     assert back["tied"] == (family == "gpt2")
     assert back["class"] == {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}[family]
     assert back["tokens"] == ("def f(x): return x", "</s>")
     source = dataclasses.replace(plan.model, weights=str(folder))
-    again = ranks.call("ranks:heldout_at_start", dataclasses.replace(plan, model=source))
+    again = ranks.call("ranks_saved:heldout_at_start", dataclasses.replace(plan, model=source))
     assert again == [rank["heldout"] for rank in trained]
 
 
@@ -73,7 +73,7 @@ def test_the_folder_is_what_transformers_writes(ranks: RankPool, tmp_path: Path)
     folder.mkdir()
     (folder / "older").touch()
     plan = r.tiny_plan("gpt2", zero=1)
-    ranks.call("ranks:train_and_export", plan, 1, str(folder), None)
+    ranks.call("ranks_saved:train_and_export", plan, 1, str(folder), None)
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
     assert not (folder / "older").exists()
     assert not (folder / "tokenizer.json").exists()
@@ -91,17 +91,19 @@ def test_problems_are_one_error(ranks: RankPool, tmp_path: Path) -> None:
     blocked.touch()
     plan = r.tiny_plan(zero=1)
     with pytest.raises(FileError, match="the export cannot be written"):
-        ranks.call("ranks:only_export", plan, str(blocked / "export"), None)
+        ranks.call("ranks_saved:only_export", plan, str(blocked / "export"), None)
     with pytest.raises(FileError, match=r"no tokenizer\.json"):
-        ranks.call("ranks:only_export", plan, str(blocked.with_name("e")), str(tmp_path / "none"))
+        ranks.call(
+            "ranks_saved:only_export", plan, str(blocked.with_name("e")), str(tmp_path / "none")
+        )
     empty = dataclasses.replace(plan.model, weights=str(tmp_path))
     with pytest.raises(FileError, match=r"no model\.safetensors"):
-        ranks.call("ranks:heldout_at_start", dataclasses.replace(plan, model=empty))
+        ranks.call("ranks_saved:heldout_at_start", dataclasses.replace(plan, model=empty))
 
 
 def test_weights_of_another_model_are_refused(ranks: RankPool, tmp_path: Path) -> None:
     plan = r.tiny_plan(zero=1)
-    ranks.call("ranks:train_and_export", plan, 1, str(tmp_path / "export"), None)
+    ranks.call("ranks_saved:train_and_export", plan, 1, str(tmp_path / "export"), None)
     for change, message in (
         ({"num_hidden_layers": 4}, "the weight model.layers.3.* is not there"),
         ({"intermediate_size": 64}, r"shape \(.*128.*\), the model needs \(.*64.*\)"),
@@ -109,4 +111,4 @@ def test_weights_of_another_model_are_refused(ranks: RankPool, tmp_path: Path) -
         other = r.tiny_plan(zero=1, config=change)
         source = dataclasses.replace(other.model, weights=str(tmp_path / "export"))
         with pytest.raises(FileError, match=message):
-            ranks.call("ranks:heldout_at_start", dataclasses.replace(other, model=source))
+            ranks.call("ranks_saved:heldout_at_start", dataclasses.replace(other, model=source))

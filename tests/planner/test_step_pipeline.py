@@ -1,0 +1,91 @@
+"""The closed form of 1F1B against an event simulation of it."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from outlay.planner.estimate.pipeline import all_stages, bubble_s
+
+
+def one_f_one_b(stage: int, stages: int, micro: int) -> list[tuple[str, int]]:
+    """Passes of one stage in order: warm-up forwards, alternation, the rest of the backwards
+    (Narayanan et al. 2021, arXiv 2104.04473, figure 3)."""
+    warm = min(stages - stage - 1, micro)
+    order = [("f", m) for m in range(warm)]
+    for m in range(micro - warm):
+        order += [("f", warm + m), ("b", m)]
+    return order + [("b", m) for m in range(micro - warm, micro)]
+
+
+def simulate(forward: list[float], backward: list[float], micro: int) -> float:
+    """Seconds until the last pass of the last stage ends; a pass starts when its stage is free and
+    its input has come."""
+    stages = len(forward)
+    queues = [one_f_one_b(s, stages, micro) for s in range(stages)]
+    done: dict[tuple[str, int, int], float] = {}
+    free, at = [0.0] * stages, [0] * stages
+    left = sum(map(len, queues))
+    while left:
+        for s, queue in enumerate(queues):
+            while at[s] < len(queue):
+                kind, m = queue[at[s]]
+                neighbour = s - 1 if kind == "f" else s + 1
+                needed = (kind, neighbour, m)
+                if 0 <= neighbour < stages and needed not in done:
+                    break
+                ready = done.get(needed, 0.0)
+                start = max(free[s], ready)
+                free[s] = start + (forward[s] if kind == "f" else backward[s])
+                done[kind, s, m] = free[s]
+                at[s] += 1
+                left -= 1
+    return max(free)
+
+
+def closed_form(forward: list[float], backward: list[float], micro: int) -> float:
+    """What the estimate makes of it: from first, a middle and the last stage."""
+    pp = len(forward)
+    each = [f + b for f, b in zip(forward, backward, strict=True)]
+    middle = each[1] if pp > 2 else 0.0
+    stage = np.array([[each[0]], [middle], [each[-1]]])
+    slowest = stage.max(axis=0)
+    bubble = bubble_s(stage, slowest, np.array([pp]), np.array([1]))
+    return float((micro * slowest + bubble)[0])
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_closed_form_agrees_with_an_event_simulation_within_one_per_cent(seed: int) -> None:
+    rng = random.Random(seed)
+    pp = rng.choice([1, 2, 3, 4, 6, 8, 12, 16])
+    micro = rng.choice([1, 2, 3, 4, 8, 16, 32, 64])
+    ratio = rng.uniform(1.8, 3.2)
+    inside = rng.uniform(0.5, 2.0)
+    ends = (inside * rng.uniform(0.6, 1.3), inside * rng.uniform(0.6, 1.5))
+    forward = [ends[0], *([inside] * (pp - 2)), ends[1]] if pp > 1 else [inside]
+    backward = [ratio * f for f in forward]
+    assert closed_form(forward, backward, micro) == pytest.approx(
+        simulate(forward, backward, micro), rel=0.01
+    )
+
+
+def test_a_uniform_pipeline_has_the_textbook_bubble() -> None:
+    pp, micro = 4, 12
+    assert simulate([1.0] * pp, [2.0] * pp, micro) == pytest.approx((micro + pp - 1) * 3.0)
+
+
+def test_interleaving_divides_the_bubble() -> None:
+    stage = np.array([[3.0], [3.0], [3.0]])
+    pp = np.array([8])
+    plain = bubble_s(stage, np.array([3.0]), pp, np.array([1]))
+    assert plain == pytest.approx(7 * 3.0)
+    assert bubble_s(stage, np.array([3.0]), pp, np.array([4])) == pytest.approx(plain / 4)
+
+
+def test_one_stage_has_no_bubble() -> None:
+    stage = np.array([[3.0], [0.0], [3.0]])
+    one = np.array([1])
+    assert all_stages(stage[0], stage[1], stage[2], one) == pytest.approx(3.0)
+    assert bubble_s(stage, np.array([3.0]), one, one) == pytest.approx(0.0)
