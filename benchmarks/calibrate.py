@@ -73,9 +73,13 @@ def fitted_figures(c: Calibration, what: str) -> dict[str, dict[str, dict[str, A
         found[p.where][p.figure] = _entry(value, low, high, label, source)
     for name, prior in believed.items():
         shift = float(c.fit.theta[index[name, kind]])
-        width = _Z90 * float(np.hypot(prior.architecture or 0.0, c.fit.deviation[index[name, kind]]))
+        width = _Z90 * float(
+            np.hypot(prior.architecture or 0.0, c.fit.deviation[index[name, kind]])
+        )
         for generation in prior.centres.keys() - set(architecture.values()):
-            low, value, high = (float(apply(prior, shift + d, generation)) for d in (-width, 0.0, width))
+            low, value, high = (
+                float(apply(prior, shift + d, generation)) for d in (-width, 0.0, width)
+            )
             source = f"{prior.source}; moved by what other generations showed, {what}"
             found[generation][name] = _entry(value, low, high, "published", source)
     return found

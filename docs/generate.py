@@ -23,7 +23,11 @@ def cli_reference() -> str:
 
     def add(command: click.Command, path: tuple[str, ...], parent: click.Context | None) -> None:
         context = click.Context(
-            command, info_name=path[-1], parent=parent, terminal_width=96, **command.context_settings
+            command,
+            info_name=path[-1],
+            parent=parent,
+            terminal_width=96,
+            **command.context_settings,
         )
         title = " ".join(path)
         parts.append(f"## `{title}`\n\n```\n{command.get_help(context)}\n```\n")

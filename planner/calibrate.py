@@ -111,7 +111,10 @@ def load(files: Iterable[str | Path], cluster: Cluster | None = None) -> list[Ro
             seconds = measured_s(raw, case)
             if not seconds or raw.get("oom") == "1":
                 continue
-            if speed_of(case.cluster, case.job.precision, efficiency_for(case.cluster.accelerator)) is None:
+            if (
+                speed_of(case.cluster, case.job.precision, efficiency_for(case.cluster.accelerator))
+                is None
+            ):
                 continue
             case = dataclasses.replace(case, strategy=case.stated or case.strategy)
             source = (raw.get("source") or "unnamed").strip()
@@ -126,7 +129,15 @@ def batches(rows: Sequence[Row]) -> list[Batch]:
         case = row.case
         job = dataclasses.replace(case.job, global_batch=1, steps=1)
         a = case.cluster
-        key = (case.spec, job, a.accelerator.name, a.nodes, a.ranks_per_node, a.inter, case.software)
+        key = (
+            case.spec,
+            job,
+            a.accelerator.name,
+            a.nodes,
+            a.ranks_per_node,
+            a.inter,
+            case.software,
+        )
         groups[key].append(i)
     return [
         Batch(
@@ -176,7 +187,9 @@ class StepModel:
     whole derivative is one call.
     """
 
-    def __init__(self, rows: Sequence[Row], params: Sequence[Parameter], believed: Mapping[str, Prior]) -> None:
+    def __init__(
+        self, rows: Sequence[Row], params: Sequence[Parameter], believed: Mapping[str, Prior]
+    ) -> None:
         self.count = len(rows)
         self.params = params
         self.believed = believed
@@ -253,11 +266,15 @@ class Calibration:
     """Each row predicted by a fit without its source."""
 
 
-def calibrate(files: Sequence[str | Path], *, cluster: Cluster | None = None, leave_out: bool = True) -> Calibration:
+def calibrate(
+    files: Sequence[str | Path], *, cluster: Cluster | None = None, leave_out: bool = True
+) -> Calibration:
     """Fit the step-time figures to the measurements of `files`."""
     rows = load(files, cluster)
     if not rows:
-        raise FileError("no row has a step time that can be expressed", where=", ".join(map(str, files)))
+        raise FileError(
+            "no row has a step time that can be expressed", where=", ".join(map(str, files))
+        )
     kind = "cpu" if rows[0].case.cluster.kind == "cpu" else "gpu"
     rows = [r for r in rows if (r.case.cluster.kind == "cpu") == (kind == "cpu")]
     believed = priors(kind)
@@ -278,14 +295,23 @@ def calibrate(files: Sequence[str | Path], *, cluster: Cluster | None = None, le
 
 
 def _without(
-    name: str, rows: Sequence[Row], params: Sequence[Parameter], believed: Mapping[str, Prior], target: Array, start: Array
+    name: str,
+    rows: Sequence[Row],
+    params: Sequence[Parameter],
+    believed: Mapping[str, Prior],
+    target: Array,
+    start: Array,
 ) -> Array:
     """Residuals of one source's rows under a fit that never saw them."""
     sources = np.array([r.source for r in rows])
-    kept, out = np.flatnonzero(sources != name), np.flatnonzero(sources == name)
-    if not kept.size:
-        return target[out] - StepModel([rows[i] for i in out], params, believed).value(np.zeros(len(params)))
+    kept, out = np.flatnonzero(sources != name).tolist(), np.flatnonzero(sources == name).tolist()
+    if not kept:
+        return target[out] - StepModel([rows[i] for i in out], params, believed).value(
+            np.zeros(len(params))
+        )
     model = StepModel([rows[i] for i in kept], params, believed)
     prior = np.array([p.deviation for p in params])
     fit = least_squares(model, target[kept], weights(sources[kept]), NOISE, prior, start)
-    return np.asarray(target[out] - StepModel([rows[i] for i in out], params, believed).value(fit.theta))
+    return np.asarray(
+        target[out] - StepModel([rows[i] for i in out], params, believed).value(fit.theta)
+    )

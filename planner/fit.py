@@ -39,7 +39,9 @@ def _objective(residual: Array, weight: Array, theta: Array, prior: Array) -> fl
     return float(np.sum(weight * loss) + 0.5 * np.sum((theta / prior) ** 2))
 
 
-def least_squares(model: Model, target: Array, weight: Array, noise: float, prior: Array, start: Array) -> Fit:
+def least_squares(
+    model: Model, target: Array, weight: Array, noise: float, prior: Array, start: Array
+) -> Fit:
     """Minimize Σ weight·huber((target − model)/noise) + ½ Σ (θ/prior)².
 
     Parameters are measured from their prior's centre. A step that does not improve is halved.

@@ -22,7 +22,10 @@ def model_options(function: F) -> F:
     """--model and --hardware with what describes them further."""
     options: list[Callable[[F], F]] = [
         click.option("--model", help="Preset, folder or config.json of transformers."),
-        click.option("--hardware", help="probe (default), ACCELERATOR:COUNT[/PER_NODE], PROVIDER/INSTANCE:COUNT, cluster.yaml."),
+        click.option(
+            "--hardware",
+            help="probe (default), ACCELERATOR:COUNT[/PER_NODE], PROVIDER/INSTANCE:COUNT, cluster.yaml.",
+        ),
         click.option("--inter-node-gbps", type=float, help="Network of one node, gigabits a second."),
         click.option("--price-usd-per-h", type=float, help="Of all the hardware, where the catalog has no price."),
     ]  # fmt: skip

@@ -25,7 +25,11 @@ def test_readme_shows_what_its_commands_print() -> None:
     assert text == readme(), "run `make docs`"
 
 
-PAGES_OF_PROSE = [*list((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES_OF_PROSE = [
+    *list((ROOT / "docs").rglob("*.md")),
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+]
 
 
 @pytest.mark.parametrize("path", PAGES_OF_PROSE, ids=lambda p: str(p.relative_to(ROOT)))

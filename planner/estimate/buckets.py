@@ -43,7 +43,7 @@ SUB_GROUP = 100_000_000
 
 def sub_group_size(bucket: Array | int) -> Array:
     """Stage 3's `sub_group_size` in elements, never below the bucket."""
-    return np.maximum(bucket, SUB_GROUP)
+    return np.asarray(np.maximum(bucket, SUB_GROUP))
 
 
 _LIVE = 500_000_000
@@ -53,4 +53,5 @@ def max_live_parameters(bucket: Array | int) -> Array:
     """Stage 3's `stage3_max_live_parameters` and reuse distance in elements: gathered weights stay
     until so many are alive. Four buckets, so that a small model is gathered once for forward and
     backward; at most 5e8 (1 GB in bf16) unless one bucket is larger."""
-    return np.maximum(np.minimum(4 * np.asarray(bucket), _LIVE), np.maximum(bucket, 1_000_000))
+    live = np.minimum(4 * np.asarray(bucket), _LIVE)
+    return np.asarray(np.maximum(live, np.maximum(bucket, 1_000_000)))

@@ -60,7 +60,11 @@ def intra_bytes_per_s(cluster: Cluster, inside: Array, figures: Figures) -> Arra
         if a.nvlink_pair_bytes_per_s:
             rate = np.minimum(rate, a.nvlink_pair_bytes_per_s * np.maximum(inside - 1, 1))
         if a.nvlink_domain and a.pcie_bytes_per_s and a.nvlink_domain < cluster.ranks_per_node:
-            rate = np.where(inside > a.nvlink_domain, a.pcie_bytes_per_s * figures["communication.pcie_fraction"], rate)
+            rate = np.where(
+                inside > a.nvlink_domain,
+                a.pcie_bytes_per_s * figures["communication.pcie_fraction"],
+                rate,
+            )
         return np.asarray(rate * figures["communication.intra_fraction"])
     if cluster.intra.kind == "pcie":
         return np.asarray(rate * figures["communication.pcie_fraction"])
@@ -81,7 +85,9 @@ def _latency_s(cluster: Cluster, group: Group, figures: Figures) -> Array:
     """Of one pass over the group: the ranks of a domain in a ring, the domains in a tree."""
     factor = figures["communication.latency_factor"]
     inside = (group.inside - 1) * cluster.intra.latency_s
-    across = 0.0 if cluster.inter is None else np.ceil(np.log2(group.domains)) * cluster.inter.latency_s
+    across = (
+        0.0 if cluster.inter is None else np.ceil(np.log2(group.domains)) * cluster.inter.latency_s
+    )
     return np.asarray(factor * (inside + across))
 
 
@@ -116,7 +122,13 @@ def collective_s(
 
 
 def all_to_all_s(
-    size_bytes: Array, ranks: Array, stride: Array, cluster: Cluster, figures: Figures, *, copies: int = 1
+    size_bytes: Array,
+    ranks: Array,
+    stride: Array,
+    cluster: Cluster,
+    figures: Figures,
+    *,
+    copies: int = 1,
 ) -> Array:
     """Each rank sends `size_bytes` in all, an equal part to each rank of its group [n].
 
@@ -143,7 +155,10 @@ def all_to_all_s(
 
 def transfer_s(size_bytes: Array, cluster: Cluster, across: Array, figures: Figures) -> Array:
     """Seconds of one point-to-point message; `across` is True where it leaves the domain."""
-    near = size_bytes / intra_bytes_per_s(cluster, np.full(np.shape(across), 2.0), figures) + cluster.intra.latency_s
+    near = (
+        size_bytes / intra_bytes_per_s(cluster, np.full(np.shape(across), 2.0), figures)
+        + cluster.intra.latency_s
+    )
     if cluster.inter is None:
         return np.asarray(near)
     far = size_bytes / (cluster.inter.bytes_per_s * figures["communication.inter_fraction"])

@@ -31,7 +31,11 @@ def _attention_gemms(a: Attention, h: int) -> list[Gemm]:
     out = Gemm(name="o", k=a.out_width, n=h, shard="k")
     if not a.kv_rank:
         kv = a.k_width + a.v_width
-        return [Gemm(name="q", k=h, n=a.q_width, shard="n"), Gemm(name="kv", k=h, n=kv, shard="n"), out]
+        return [
+            Gemm(name="q", k=h, n=a.q_width, shard="n"),
+            Gemm(name="kv", k=h, n=kv, shard="n"),
+            out,
+        ]
     expanded = a.k_width - a.kv_heads * a.rope_head_dim + a.v_width
     gemms = [
         Gemm(name="q", k=a.q_rank or h, n=a.q_width, shard="n"),
@@ -97,7 +101,11 @@ def head_flops_per_token(spec: ModelSpec) -> float:
 def forward_flops_per_token(spec: ModelSpec, seq_len: float, *, causal: bool = True) -> float:
     """One token through the whole model, forward."""
     blocks = sum(
-        b.count * (block_matmul_flops_per_token(spec, b) + attention_flops_per_token(b, seq_len, causal=causal))
+        b.count
+        * (
+            block_matmul_flops_per_token(spec, b)
+            + attention_flops_per_token(b, seq_len, causal=causal)
+        )
         for b in spec.blocks
     )
     return blocks + head_flops_per_token(spec)

@@ -48,7 +48,14 @@ class _Sizes:
 
 
 def _sizes(
-    c: Candidates, loads: StageLoads, bucket: Array, cluster: Cluster, figures: Figures, *, weight: int, gradient: int
+    c: Candidates,
+    loads: StageLoads,
+    bucket: Array,
+    cluster: Cluster,
+    figures: Figures,
+    *,
+    weight: int,
+    gradient: int,
 ) -> _Sizes:
     """Dense weights are reduced over dp·cp·sp ranks, experts over those that hold the same ones."""
     dense = (loads.dense_parameters / c.tp).max(axis=0)
@@ -74,7 +81,13 @@ def _sizes(
 
 
 def traffic(
-    job: Job, c: Candidates, loads: StageLoads, bucket: Array, cluster: Cluster, figures: Figures, software: Software
+    job: Job,
+    c: Candidates,
+    loads: StageLoads,
+    bucket: Array,
+    cluster: Cluster,
+    figures: Figures,
+    software: Software,
 ) -> Traffic:
     """The collectives of a step, under the software's schedule."""
     weight = width_of(job.precision)
@@ -86,7 +99,9 @@ def traffic(
         (c.overlap_comm > 0) | (software.overlap > 0), 1.0, 0.0
     )
     if software.family == "ddp":
-        return Traffic(forward=nothing, backward=nothing, last=s.reduce, after=nothing, overlap=overlap)
+        return Traffic(
+            forward=nothing, backward=nothing, last=s.reduce, after=nothing, overlap=overlap
+        )
     forward = np.where(full, s.gather_layers, 0.0)
     backward = np.where(full, s.gather_layers + s.scatter, 0.0)
     if software.family == "deepspeed":
@@ -94,7 +109,9 @@ def traffic(
         last = np.where(c.zero == 1, s.reduce, 0.0)
         after = np.select([c.zero == 0, c.zero <= 2], [s.reduce, s.gather], 0.0)
     else:
-        last = np.select([c.zero == 1, c.zero == 2], [s.scatter + s.gather, s.scatter + s.gather], 0.0)
+        last = np.select(
+            [c.zero == 1, c.zero == 2], [s.scatter + s.gather, s.scatter + s.gather], 0.0
+        )
         after = np.where(c.zero == 0, s.reduce, 0.0)
     return Traffic(forward=forward, backward=backward, last=last, after=after, overlap=overlap)
 

@@ -10,9 +10,9 @@ import numpy as np
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.communication import Figures, all_to_all_s, collective_s, transfer_s
 from outlay.planner.estimate.operators import BlockTime, Speed, block_s, head_s, width_of
-from outlay.planner.estimate.pipeline import bubble_s
+from outlay.planner.estimate.pipeline import bubble_s, slowest_stage
 from outlay.planner.estimate.software import Software
-from outlay.planner.estimate.stages import StageLoads, stage_loads
+from outlay.planner.estimate.stages import stage_loads
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import Block, ModelSpec
@@ -53,13 +53,22 @@ class _Sent:
 
 def hook_s(c: Candidates, figures: Figures) -> Array:
     """DeepSpeed's Python on the parameters of one block, a micro-batch (stage 3: on its modules)."""
-    partitioned = np.where((c.zero == 1) | (c.zero == 2), figures["deepspeed.parameter_hook_s"], 0.0)
+    partitioned = np.where(
+        (c.zero == 1) | (c.zero == 2), figures["deepspeed.parameter_hook_s"], 0.0
+    )
     module = np.where(c.zero == 3, figures["deepspeed.stage3_parameter_s"], 0.0)
     return np.asarray(TENSORS_PER_BLOCK * (partitioned + module))
 
 
 def _sent(
-    spec: ModelSpec, block: Block, job: Job, c: Candidates, cluster: Cluster, core: Array, figures: Figures, software: Software
+    spec: ModelSpec,
+    block: Block,
+    job: Job,
+    c: Candidates,
+    cluster: Cluster,
+    core: Array,
+    figures: Figures,
+    software: Software,
 ) -> _Sent:
     """tp: an all-reduce after attention and one after the MLP (Megatron, arXiv 1909.08053); under
     sequence parallelism a reduce-scatter and an all-gather of the same volume. sp (Ulysses): q, k, v
@@ -71,7 +80,9 @@ def _sent(
     tensor, wait = np.zeros(len(c)), np.zeros(len(c))
     if (c.tp > 1).any():
         wait = 2.0 * figures["communication.wait_s"] * np.log2(c.tp)
-        tensor = 2.0 * collective_s("all_reduce", message, c.tp, np.ones_like(c.tp), cluster, figures)
+        tensor = 2.0 * collective_s(
+            "all_reduce", message, c.tp, np.ones_like(c.tp), cluster, figures
+        )
         if software.tensor_overlap:
             tensor = tensor * (1.0 - figures["communication.tensor_overlap_fraction"])
     sequence = np.zeros(len(c))
@@ -85,7 +96,12 @@ def _sent(
         sequence = sequence + np.where(c.cp > 1, np.maximum((c.cp - 1) * hop - core, 0.0), 0.0)
     expert = np.zeros(len(c))
     if block.mlp.experts and (c.ep > 1).any():
-        routed = message * block.mlp.top_k * figures["moe.imbalance"] / np.where(c.sequence_parallel > 0, c.tp, 1)
+        routed = (
+            message
+            * block.mlp.top_k
+            * figures["moe.imbalance"]
+            / np.where(c.sequence_parallel > 0, c.tp, 1)
+        )
         # Experts may spread over the tensor-parallel ranks too (Megatron's parallel folding).
         stride = np.clip(c.dp * c.tp * c.cp // c.ep, 1, c.tp)
         one = all_to_all_s(routed, c.ep, stride, cluster, figures, copies=block.mlp.top_k)
@@ -93,7 +109,9 @@ def _sent(
     return _Sent(wait=wait, tensor=tensor, sequence=sequence, expert=expert)
 
 
-def _again(c: Candidates, t: BlockTime, sent: _Sent, count: Array, policy: str) -> tuple[Array, Array, Array]:
+def _again(
+    c: Candidates, t: BlockTime, sent: _Sent, count: Array, policy: str
+) -> tuple[Array, Array, Array]:
     """(compute, sent, blocks) that recomputation of `count` blocks [3, n] adds.
 
     Full: the forward pass again. Selective: Megatron's attention core, or torch's per-operator
@@ -101,7 +119,9 @@ def _again(c: Candidates, t: BlockTime, sent: _Sent, count: Array, policy: str) 
     """
     full, selective = c.activation_checkpointing == 2, c.activation_checkpointing == 1
     part = t.selective if policy == "per_op" else t.core
-    chosen = np.where(c.recompute_layers >= 0, np.minimum(count, np.ceil(c.recompute_layers / c.pp)), count)
+    chosen = np.where(
+        c.recompute_layers >= 0, np.minimum(count, np.ceil(c.recompute_layers / c.pp)), count
+    )
     blocks = np.where(full, chosen, 0.0)
     compute = blocks * t.recompute + np.where(selective, count, 0.0) * part
     return compute, blocks * (sent.tensor + sent.sequence + sent.expert), blocks
@@ -120,7 +140,13 @@ def _longest(kernels: Array, host: Array, software: Software) -> Array:
 
 
 def micro_batch_s(
-    spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, speed: Speed, figures: Figures, software: Software
+    spec: ModelSpec,
+    job: Job,
+    c: Candidates,
+    cluster: Cluster,
+    speed: Speed,
+    figures: Figures,
+    software: Software,
 ) -> MicroBatch:
     """Every part of one micro-batch on the slowest stage, and the pipeline's bubble."""
     loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
@@ -161,10 +187,15 @@ def micro_batch_s(
     inside = sent_f["tensor"] + sent_f["sequence"] + sent_f["expert"]
     pass_f = _longest(forward + inside, host_f, software)
     pass_b = _longest(backward + recompute + inside + sent_r, host_b + host_r, software)
-    stage = (pass_f + pass_b + drained + 2.0 * wait_f + wait_r) * loads.exists
-    slowest, n = stage.argmax(axis=0), np.arange(len(c))
+    whole_f = (pass_f + wait_f) * loads.exists
+    whole_b = (pass_b + drained + wait_f + wait_r) * loads.exists
+    slowest, n = slowest_stage(whole_f + whole_b), np.arange(len(c))
     repeated = np.where(inside > 0, 2.0 + sent_r / np.where(inside > 0, inside, 1.0), 0.0)
-    again_host = _longest(recompute + sent_r, host_r, software) if software.start_hidden else recompute + host_r
+    again_host = (
+        _longest(recompute + sent_r, host_r, software)
+        if software.start_hidden
+        else recompute + host_r
+    )
 
     def at(values: Array) -> Array:
         return np.asarray(values[slowest, n])
@@ -177,7 +208,7 @@ def micro_batch_s(
         tensor_parallel=at(sent_f["tensor"] * repeated + 2.0 * wait_f + wait_r),
         sequence_parallel=at(sent_f["sequence"] * repeated),
         expert_parallel=at(sent_f["expert"] * repeated),
-        forward_pass=at(pass_f + wait_f),
-        backward_pass=at(pass_b + drained + wait_f + wait_r),
-        bubble=bubble_s(stage, at(stage), c.pp, c.vpp),
+        forward_pass=at(whole_f),
+        backward_pass=at(whole_b),
+        bubble=bubble_s(whole_f, whole_b, c.pp, c.vpp, c.grad_accum),
     )

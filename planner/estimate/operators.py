@@ -81,7 +81,11 @@ def speed_of(cluster: Cluster, precision: str, figures: Figures) -> Speed | None
     if base == "fp32":
         gemm = peak * figures["compute.fp32_fraction"]
     else:
-        gemm = peak * figures["compute.gemm_fraction"] * (figures["compute.tf32_factor"] if base == "tf32" else 1.0)
+        gemm = (
+            peak
+            * figures["compute.gemm_fraction"]
+            * (figures["compute.tf32_factor"] if base == "tf32" else 1.0)
+        )
     linear = gemm
     if low:
         linear = gemm * (accelerator.flops[low] / peak) * figures[f"compute.{low}_factor"]
@@ -101,7 +105,15 @@ def _padded(size: Array, share: float | Array) -> Array:
 
 
 def gemm_s(
-    tokens: Array, k: Array, n: Array, speed: Speed, width: int, figures: Figures, *, rate: float | Array | None = None, count: Array | float = 1.0
+    tokens: Array,
+    k: Array,
+    n: Array,
+    speed: Speed,
+    width: int,
+    figures: Figures,
+    *,
+    rate: float | Array | None = None,
+    count: Array | float = 1.0,
 ) -> Array:
     """`count` products of [tokens, k]·[k, n] in one kernel: the slower of arithmetic and memory.
 
@@ -124,7 +136,13 @@ def gemm_s(
 
 
 def linear_s(
-    spec: ModelSpec, block: Block, job: Job, c: Candidates, tokens: Array, speed: Speed, figures: Figures
+    spec: ModelSpec,
+    block: Block,
+    job: Job,
+    c: Candidates,
+    tokens: Array,
+    speed: Speed,
+    figures: Figures,
 ) -> tuple[Array, Array]:
     """(forward, forward and both backward products) seconds of one block's weight multiplies.
 
@@ -141,11 +159,22 @@ def linear_s(
         if g.name.startswith("expert"):
             count = np.maximum(1.0, mlp.experts / c.ep)
             rows = tokens * mlp.top_k * c.ep / mlp.experts * figures["moe.imbalance"]
-        forward = forward + gemm_s(rows, k, n, speed, width, figures, rate=speed.linear_flops, count=count)
-        backward = backward + gemm_s(rows, n, k, speed, width, figures, rate=speed.linear_flops, count=count)
-        backward = backward + gemm_s(k, rows, n, speed, width, figures, rate=speed.linear_flops, count=count)
+        forward = forward + gemm_s(
+            rows, k, n, speed, width, figures, rate=speed.linear_flops, count=count
+        )
+        backward = backward + gemm_s(
+            rows, n, k, speed, width, figures, rate=speed.linear_flops, count=count
+        )
+        backward = backward + gemm_s(
+            k, rows, n, speed, width, figures, rate=speed.linear_flops, count=count
+        )
         if low:
-            casts = (rows * (k + n) + k * n) * count * figures["compute.cast_bytes"] / speed.memory_bytes_per_s
+            casts = (
+                (rows * (k + n) + k * n)
+                * count
+                * figures["compute.cast_bytes"]
+                / speed.memory_bytes_per_s
+            )
             forward, backward = forward + casts, backward + casts
     return forward, backward
 
@@ -166,7 +195,13 @@ def _score_traffic_bytes(a: Attention, width: int, kernels: str) -> tuple[float,
 
 
 def attention_s(
-    block: Block, job: Job, c: Candidates, tokens: Array, speed: Speed, figures: Figures, kernels: str
+    block: Block,
+    job: Job,
+    c: Candidates,
+    tokens: Array,
+    speed: Speed,
+    figures: Figures,
+    kernels: str,
 ) -> tuple[Array, Array]:
     """(forward, backward) seconds of one block's attention core.
 
@@ -185,12 +220,21 @@ def attention_s(
     if a.head_dim % ALIGNMENT:
         heavy = heavy * figures["compute.misaligned_factor"]
     keys = keys_per_token(job.seq_len, a.window, causal=False)
-    scores = a.heads / c.tp * tokens * keys * figures["compute.softmax_factor"] / speed.memory_bytes_per_s
+    scores = (
+        a.heads
+        / c.tp
+        * tokens
+        * keys
+        * figures["compute.softmax_factor"]
+        / speed.memory_bytes_per_s
+    )
     forward, backward = _score_traffic_bytes(a, width, kernels)
     return heavy + forward * scores, 2.0 * heavy + backward * scores
 
 
-def elementwise_bytes_per_token(spec: ModelSpec, block: Block, width: int, kernels: str) -> tuple[float, float]:
+def elementwise_bytes_per_token(
+    spec: ModelSpec, block: Block, width: int, kernels: str
+) -> tuple[float, float]:
     """(divided by tp, whole on each tp rank) memory traffic of one block's other operators, forward.
 
     hf: RMSNorm reads and writes 7 h-wide tensors, twice; rotary 9 of q and k; residuals 6 h; SwiGLU
@@ -208,13 +252,21 @@ def elementwise_bytes_per_token(spec: ModelSpec, block: Block, width: int, kerne
 
 
 def block_s(
-    spec: ModelSpec, block: Block, job: Job, c: Candidates, speed: Speed, figures: Figures, software: Software
+    spec: ModelSpec,
+    block: Block,
+    job: Job,
+    c: Candidates,
+    speed: Speed,
+    figures: Figures,
+    software: Software,
 ) -> BlockTime:
     """All operators of one block, for one micro-batch."""
     width = width_of(job.precision)
     tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
     linear_forward, linear_backward = linear_s(spec, block, job, c, tokens, speed, figures)
-    core_forward, core_backward = attention_s(block, job, c, tokens, speed, figures, software.kernels)
+    core_forward, core_backward = attention_s(
+        block, job, c, tokens, speed, figures, software.kernels
+    )
     sharded, whole = elementwise_bytes_per_token(spec, block, width, software.kernels)
     split = np.where(c.sequence_parallel > 0, c.tp, 1)
     traffic = (sharded / c.tp + whole / split) * tokens * figures["compute.elementwise_factor"]
@@ -236,7 +288,9 @@ def block_s(
     )
 
 
-def head_s(spec: ModelSpec, job: Job, c: Candidates, speed: Speed, figures: Figures) -> tuple[Array, Array]:
+def head_s(
+    spec: ModelSpec, job: Job, c: Candidates, speed: Speed, figures: Figures
+) -> tuple[Array, Array]:
     """(forward, backward) seconds of final projection and loss for one micro-batch.
 
     The loss touches vocabulary-wide fp32 values 3 times forward and 6 times backward.

@@ -70,7 +70,9 @@ class _Shards:
     offload_micro: Array
 
 
-def _optimizer_s(job: Job, c: Candidates, loads: StageLoads, speed: Speed, figures: Figures) -> Array:
+def _optimizer_s(
+    job: Job, c: Candidates, loads: StageLoads, speed: Speed, figures: Figures
+) -> Array:
     """Bytes of weights, gradients and moments read and written, by the rank's share."""
     parameters, share = _rank_parameters(c, loads)
     moments = MOMENTS["adamw" if job.optimizer.name.startswith("adam") else "sgd"] / 4
@@ -84,11 +86,15 @@ def _optimizer_s(job: Job, c: Candidates, loads: StageLoads, speed: Speed, figur
 
 def _rank_parameters(c: Candidates, loads: StageLoads) -> tuple[Array, Array]:
     """(weights of the fullest model-parallel rank, what of them one data-parallel rank steps)."""
-    parameters = (loads.dense_parameters / c.tp + loads.expert_parameters / (c.tp * c.ep)).max(axis=0)
+    parameters = (loads.dense_parameters / c.tp + loads.expert_parameters / (c.tp * c.ep)).max(
+        axis=0
+    )
     return parameters, parameters / np.where(c.zero >= 1, c.dp * c.cp * c.sp, 1)
 
 
-def _offload_s(job: Job, c: Candidates, loads: StageLoads, cluster: Cluster, figures: Figures) -> tuple[Array, Array]:
+def _offload_s(
+    job: Job, c: Candidates, loads: StageLoads, cluster: Cluster, figures: Figures
+) -> tuple[Array, Array]:
     """(a step, a micro-batch): gradients down and weights up the host link, Adam on the host.
 
     Offloaded weights come up before forward and before backward (ZeRO-Infinity, arXiv 2104.07857).
@@ -106,7 +112,14 @@ def _offload_s(job: Job, c: Candidates, loads: StageLoads, cluster: Cluster, fig
 
 
 def _shards(
-    spec: ModelSpec, job: Job, c: Candidates, bucket: Array, cluster: Cluster, speed: Speed, figures: Figures, software: Software
+    spec: ModelSpec,
+    job: Job,
+    c: Candidates,
+    bucket: Array,
+    cluster: Cluster,
+    speed: Speed,
+    figures: Figures,
+    software: Software,
 ) -> _Shards:
     loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
     step, micro = _offload_s(job, c, loads, cluster, figures)
@@ -118,7 +131,9 @@ def _shards(
     )
 
 
-def _transfer_s(spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, figures: Figures, software: Software) -> Array:
+def _transfer_s(
+    spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, figures: Figures, software: Software
+) -> Array:
     """Activations and their gradients from stage to stage, both ways, a micro-batch.
 
     Megatron sends 1/tp of the message from each tensor-parallel rank and gathers it behind the
@@ -138,15 +153,26 @@ def _overhead_s(
 ) -> tuple[Array, Array]:
     """(a step, a micro-batch) of the trainer's own work; DeepSpeed's per parameter where not hidden."""
     if software.family != "deepspeed":
-        return np.full(len(c), figures["trainer.step_s"]), np.full(len(c), figures["trainer.micro_step_s"])
-    micro = figures["deepspeed.micro_step_s"] + np.where(c.pp > 1, figures["deepspeed.pipeline_instruction_s"], 0.0)
+        return np.full(len(c), figures["trainer.step_s"]), np.full(
+            len(c), figures["trainer.micro_step_s"]
+        )
+    micro = figures["deepspeed.micro_step_s"] + np.where(
+        c.pp > 1, figures["deepspeed.pipeline_instruction_s"], 0.0
+    )
     if not software.start_hidden:
         micro = micro + hook_s(c, figures) * (spec.layers / c.pp + 3.0 / TENSORS_PER_BLOCK)
     return np.full(len(c), figures["deepspeed.step_s"]), micro
 
 
 def assemble(
-    spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, m: MicroBatch, s: _Shards, figures: Figures, software: Software
+    spec: ModelSpec,
+    job: Job,
+    c: Candidates,
+    cluster: Cluster,
+    m: MicroBatch,
+    s: _Shards,
+    figures: Figures,
+    software: Software,
 ) -> Step:
     """Parts of a step from those of a micro-batch and of the weights."""
     micro = c.grad_accum.astype(float)
@@ -164,7 +190,8 @@ def assemble(
         "tensor_parallel": micro * m.tensor_parallel,
         "data_parallel_exposed": micro * each + once,
         "pipeline_bubble": m.bubble,
-        "pipeline_transfer": (micro * figures["communication.transfer_exposed"] + c.pp - 1.0) * transfer,
+        "pipeline_transfer": (micro * figures["communication.transfer_exposed"] + c.pp - 1.0)
+        * transfer,
         "sequence_parallel": micro * m.sequence_parallel,
         "expert_parallel": micro * m.expert_parallel,
         "offload": s.offload_step + micro * s.offload_micro,
@@ -172,7 +199,9 @@ def assemble(
     }
     total = np.sum(list(parts.values()), axis=0)
     # The slowest of many ranks sets the pace; the spread grows with how many there are.
-    late = figures["communication.straggler_per_doubling"] * np.log2(np.maximum(c.dp * c.tp * c.pp * c.cp * c.sp, 1))
+    late = figures["communication.straggler_per_doubling"] * np.log2(
+        np.maximum(c.dp * c.tp * c.pp * c.cp * c.sp, 1)
+    )
     parts["overhead"] = parts["overhead"] + late * total
     return Step(parts=parts, time_s=total * (1.0 + late))
 
@@ -194,7 +223,8 @@ def estimate_step(
         m = micro_batch_s(spec, job, c, cluster, speed, figures, software)
         s = _shards(spec, job, c, bucket, cluster, speed, figures, software)
         return assemble(spec, job, c, cluster, m, s, figures, software)
-    shape, which = distinct(c, _SHAPE)
+    # A pipeline's bubble depends on the number of micro-batches only while they are fewer than stages.
+    shape, which = distinct(c, _SHAPE, np.where(c.pp > 1, np.minimum(c.grad_accum, c.pp), 1))
     m = micro_batch_s(spec, job, c.take(shape), cluster, speed, figures, software)
     spread, where = distinct(c, _SHARDS)
     s = _shards(spec, job, c.take(spread), bucket[spread], cluster, speed, figures, software)

@@ -35,11 +35,12 @@ def _numbered(values: Array) -> tuple[Array, int]:
     return (np.cumsum(present) - 1)[shifted], int(present.sum())
 
 
-def distinct(c: Candidates, names: Sequence[str]) -> tuple[Array, Array]:
-    """(index of one candidate of each distinct tuple, which of them each candidate is)."""
+def distinct(c: Candidates, names: Sequence[str], *more: Array) -> tuple[Array, Array]:
+    """(index of one candidate of each distinct tuple, which of them each candidate is); the tuple is
+    the fields `names` and the whole numbers `more`."""
     number, count = np.zeros(len(c), np.int64), 1
-    for name in names:
-        mine, many = _numbered(getattr(c, name))
+    for values in (*(getattr(c, name) for name in names), *more):
+        mine, many = _numbered(values)
         if many > 1:
             number, count = _numbered(number * many + mine) if count > 1 else (mine, many)
     first = np.zeros(count, np.int64)

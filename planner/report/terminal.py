@@ -147,7 +147,9 @@ def print_assumptions(console: Console, rows: list[dict[str, Any]]) -> None:
     if guesses:
         names = ", ".join(f"{row['what']} {row['value']:.3g}" for row in guesses)
         console.print(
-            f"  guessed, not measured (sources: --format json): {names}", style="dim", highlight=False
+            f"  guessed, not measured (sources: --format json): {names}",
+            style="dim",
+            highlight=False,
         )
 
 

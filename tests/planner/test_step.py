@@ -43,12 +43,20 @@ def model(layers: int = 16, hidden: int = 2048, experts: int = 0) -> ModelSpec:
 
 
 def job(**changes: Any) -> Job:
-    base: dict[str, Any] = {"model": "m", "seq_len": 2048, "global_batch": 64, "steps": 1, "precision": "bf16"}
+    base: dict[str, Any] = {
+        "model": "m",
+        "seq_len": 2048,
+        "global_batch": 64,
+        "steps": 1,
+        "precision": "bf16",
+    }
     return Job(**(base | changes))
 
 
 def cluster(gpus: int = 64, gbps: float = 1600, name: str = "a100-sxm-80gb") -> Cluster:
-    return resolve_hardware(f"{name}:{gpus}/8" if gpus > 8 else f"{name}:{gpus}", inter_node_gbps=gbps)
+    return resolve_hardware(
+        f"{name}:{gpus}/8" if gpus > 8 else f"{name}:{gpus}", inter_node_gbps=gbps
+    )
 
 
 def step(
@@ -61,7 +69,15 @@ def step(
     speed = speed_of(on, of.precision, figures)
     assert speed is not None
     return estimate_step(
-        spec, of, c, on, speed, bucket=reduce_buckets(spec, c), figures=figures, software=software, tabled=tabled
+        spec,
+        of,
+        c,
+        on,
+        speed,
+        bucket=reduce_buckets(spec, c),
+        figures=figures,
+        software=software,
+        tabled=tabled,
     )
 
 
@@ -91,7 +107,9 @@ def test_parts_sum_to_the_time_and_none_is_negative(many: list[Strategy], s: Sof
 def test_tables_give_what_each_candidate_alone_gives(many: list[Strategy], s: Software) -> None:
     together = step(many, software=s).time_s
     assert step(many, software=s, tabled=False).time_s == pytest.approx(together)
-    assert np.concatenate([step([one], software=s).time_s for one in many]) == pytest.approx(together)
+    assert np.concatenate([step([one], software=s).time_s for one in many]) == pytest.approx(
+        together
+    )
 
 
 @given(strategies, software)
@@ -99,16 +117,21 @@ def test_tables_give_what_each_candidate_alone_gives(many: list[Strategy], s: So
 def test_full_recomputation_is_never_faster(one: Strategy, s: Software) -> None:
     words = ("none", "selective", "full")
     none, selective, full = step(
-        [dataclasses.replace(one, activation_checkpointing=w) for w in words], software=s  # type: ignore[arg-type]
+        [dataclasses.replace(one, activation_checkpointing=w) for w in words],
+        software=s,  # type: ignore[arg-type]
     ).time_s
     assert none <= selective <= full
 
 
 @given(strategies, software, st.sampled_from(["intra", "inter"]), st.floats(1.0, 20.0))
 @settings(deadline=None, max_examples=60)
-def test_more_bandwidth_is_never_slower(one: Strategy, s: Software, link: str, factor: float) -> None:
+def test_more_bandwidth_is_never_slower(
+    one: Strategy, s: Software, link: str, factor: float
+) -> None:
     slow = cluster()
-    wider = dataclasses.replace(getattr(slow, link), bytes_per_s=getattr(slow, link).bytes_per_s * factor)
+    wider = dataclasses.replace(
+        getattr(slow, link), bytes_per_s=getattr(slow, link).bytes_per_s * factor
+    )
     fast = dataclasses.replace(slow, **{link: wider})
     before, after = step([one], on=slow, software=s).time_s, step([one], on=fast, software=s).time_s
     assert after <= before * (1 + 1e-12)
@@ -137,7 +160,9 @@ def test_time_grows_with_the_depth(one: Strategy, s: Software, more: int) -> Non
 
 def test_stage_two_reduces_at_every_micro_batch_and_stage_one_once() -> None:
     one, two = (
-        step([Strategy(zero=zero, dp=64, grad_accum=n) for n in (1, 8)]).parts["data_parallel_exposed"]
+        step([Strategy(zero=zero, dp=64, grad_accum=n) for n in (1, 8)]).parts[
+            "data_parallel_exposed"
+        ]
         for zero in (1, 2)
     )
     assert one[1] == pytest.approx(one[0], rel=1e-6)
@@ -145,14 +170,18 @@ def test_stage_two_reduces_at_every_micro_batch_and_stage_one_once() -> None:
 
 
 def test_offloading_costs_the_host_link_and_the_host_optimizer() -> None:
-    plain, away = step([Strategy(zero=2, dp=8), Strategy(zero=2, dp=8, offload_optimizer="cpu")], on=cluster(8)).time_s
+    plain, away = step(
+        [Strategy(zero=2, dp=8), Strategy(zero=2, dp=8, offload_optimizer="cpu")], on=cluster(8)
+    ).time_s
     assert away > plain
 
 
 def test_low_precision_is_faster_where_the_hardware_has_it_and_unknown_where_not() -> None:
     hopper = cluster(8, name="h100-sxm")
     slow, fast = (
-        step([Strategy(dp=8, micro_batch=4)], spec=model(hidden=8192), of=job(precision=p), on=hopper).time_s[0]
+        step(
+            [Strategy(dp=8, micro_batch=4)], spec=model(hidden=8192), of=job(precision=p), on=hopper
+        ).time_s[0]
         for p in ("bf16", "fp8")
     )
     assert fast < slow
