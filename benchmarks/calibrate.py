@@ -107,7 +107,7 @@ def regimes(c: Calibration, without: str = "") -> dict[str, np.ndarray[Any, Any]
     source = np.array([r.source for r in c.rows])
     usable = source != without
     found = {}
-    for a in sorted(set(name)):
+    for a in sorted(map(str, set(name))):
         here = (name == a) & usable
         if len(set(source[here])) >= SOURCES_A_REGIME:
             found[a] = here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from outlay.planner.spec.cluster import Cluster
     from outlay.planner.spec.job import Job
     from outlay.planner.spec.model import ModelSpec
+    from outlay.planner.spec.plan import Plan
 
 
 def console() -> Console:
@@ -92,7 +94,7 @@ def _weights(reference: str) -> str | None:
 @strategy_options
 @format_option("table", "json")
 @click.option(
-    "--cases", help="CSV of many configurations; needs --out. Columns: docs/reference/cases.md."
+    "--cases", help="CSV of many configurations; needs --out. Columns: docs/reference/formats.md."
 )
 @click.option("--out", help="Write there instead of stdout.")
 def estimate(
@@ -122,17 +124,23 @@ def estimate(
     result = estimate_dict(
         q.spec, q.job, q.cluster, evaluate(q.spec, q.job, q.cluster, Candidates.of([strategy])), 0
     )
-    result["assumptions"] = q.assumptions + batch_note + result["assumptions"]
+    context = Context(spec=q.spec, job=q.job, cluster=q.cluster)
+    refused = [
+        {"what": f"not run as it stands ({rule.name})", "value": None, "source": message}
+        for rule, message in broken(strategy, context, kinds=("deepspeed", "runner"))
+    ]
+    result["assumptions"] = q.assumptions + batch_note + refused + result["assumptions"]
     if format_ == "json":
         from outlay.planner.spec.files import to_json
 
         emit_text(to_json(result), out)
         return
-    from outlay.planner.report.terminal import print_estimate
+    from outlay.planner.report.terminal import budget_rows, print_estimate
 
     screen = console()
+    step_s = None if result["step"] is None else float(result["step"]["time_s"])
     with screen.capture() as capture:
-        print_estimate(screen, result)
+        print_estimate(screen, result, budget_rows(q.job, q.cluster, step_s))
     emit_text(capture.get(), out)
 
 
@@ -183,20 +191,18 @@ def _one_strategy(q: Question, given: dict[str, Any]) -> tuple[Any, list[dict[st
 @click.option("--dry-run", is_flag=True, help="Write nothing.")
 def plan(job_file: str | None, format_: str, out: str, dry_run: bool, **flags: Any) -> None:
     """Search the strategies, choose the fastest that fits, and write plan.yaml."""
-    from outlay.planner.planning import make_plan
     from outlay.planner.spec.files import to_json, to_yaml, write_text
 
     flags, given = split_strategy(flags)
     q = Question(job_file, flags)
-    made = make_plan(
-        q.spec,
-        q.config,
-        q.job,
-        q.cluster,
-        fixed=as_integers(given),
-        assumptions=q.assumptions,
-        weights=q.weights,
-    )
+    made = _planned(q, given)
+    held = _steps_in_budget(q, made)
+    if held is not None:
+        q.job = dataclasses.replace(q.job, steps=held)
+        source = "what the budget holds at the predicted speed; set-up and saves not counted"
+        q.assumptions = [a for a in q.assumptions if a["what"] not in ("steps", "tokens")]
+        q.assumptions.append({"what": "steps", "value": held, "source": source})
+        made = _planned(q, given)
     if not dry_run:
         write_text(out, to_yaml(made))
     if format_ == "json":
@@ -205,6 +211,32 @@ def plan(job_file: str | None, format_: str, out: str, dry_run: bool, **flags: A
     from outlay.planner.report.terminal import print_plan
 
     print_plan(console(), made, out=None if dry_run else out)
+
+
+def _planned(q: Question, given: dict[str, Any]) -> Plan:
+    from outlay.planner.planning import make_plan
+
+    return make_plan(
+        q.spec,
+        q.config,
+        q.job,
+        q.cluster,
+        fixed=as_integers(given),
+        assumptions=q.assumptions,
+        weights=q.weights,
+    )
+
+
+def _steps_in_budget(q: Question, made: Plan) -> int | None:
+    """How many steps the smallest budget holds, where nobody said how long to train; else null."""
+    from outlay.planner.cost import budget_s
+
+    defaulted = any(a["what"] in ("steps", "tokens") for a in q.assumptions)
+    limits = [s for b in q.job.budget if (s := budget_s(b, q.cluster)) is not None]
+    if not defaulted or not limits or made.estimate["step"] is None:
+        return None
+    held = max(1, int(min(limits) / float(made.estimate["step"]["time_s"])))
+    return held if held < q.job.steps else None
 
 
 @click.group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.job import Budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,18 @@ class RunCost:
     """Accelerators at their power limit: an upper end, since nothing was metered. Null = TDP unknown."""
     cost_usd: Range | None
     """Null where no price is known."""
+
+
+def budget_s(budget: Budget, cluster: Cluster) -> float | None:
+    """Wall seconds of all of the cluster that a budget pays for; null where that is not known."""
+    if budget.kind == "hours":
+        return budget.amount * 3600
+    if budget.kind == "gpu_hours":
+        return budget.amount * 3600 / cluster.ranks
+    price = cluster.price_usd_per_h
+    if budget.kind == "money" and price:
+        return budget.amount / price * 3600
+    return None
 
 
 def run_cost(

@@ -51,7 +51,8 @@ def least_squares(
     residual = (target - value) / noise
     best = _objective(residual, weight, theta, prior)
     count = 0
-    for count in range(1, _ITERATIONS + 1):
+    while count < _ITERATIONS:
+        count += 1
         robust = weight * np.minimum(1.0, HUBER / np.maximum(np.abs(residual), 1e-12))
         scaled = slope / noise
         curvature = scaled.T @ (robust[:, None] * scaled) + np.diag(1.0 / prior**2)

@@ -19,6 +19,7 @@ _CATALOG = re.compile(
 )
 _INSTANCE = re.compile(r"^(?P<provider>[a-z0-9-]+)/(?P<name>[A-Za-z0-9._-]+)(?::(?P<count>\d+))?$")
 
+MOST_ACCELERATORS = 10_000_000
 DEFAULT_PER_NODE = 8
 """Accelerators a node where the reference does not say: the size of an HGX board and of most servers."""
 
@@ -93,8 +94,12 @@ def _usable(a: Accelerator) -> tuple[int, tuple[str, ...]]:
 def _from_catalog(match: re.Match[str], gbps: float | None, price: float | None) -> Cluster:
     a = accelerator(match["name"].lower())
     count = parse_count(match["count"], where="--hardware")
-    if count < 1:
-        raise UsageError("at least one accelerator is needed", where="--hardware")
+    if not 1 <= count <= MOST_ACCELERATORS:
+        raise UsageError(
+            f"{count:,} accelerators: at least one accelerator is needed, at most "
+            f"{MOST_ACCELERATORS:,} make sense",
+            where="--hardware",
+        )
     per_node = int(match["per_node"] or min(count, DEFAULT_PER_NODE))
     if per_node < 1 or count % per_node:
         raise UsageError(

@@ -50,6 +50,9 @@ class Resolved:
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_TOKENS = 1_000_000_000
 DEFAULT_BATCH_PER_RANK = 8
+MOST_TOKENS = 10**16
+DATASET_FILE = "dataset.json"
+"""What marks a folder of prepared tokens (runner/data/prepare.py writes it)."""
 CLEARLY_FASTER = 2.0
 """bf16 on CPU must multiply that much faster than fp32 to be chosen: its casts, and operators that
 compute in fp32 all the same, use up less."""
@@ -69,6 +72,8 @@ def read_job_file(path: str | Path) -> JobFile:
 def merge(file: JobFile, flags: dict[str, Any]) -> JobFile:
     """Flags that were given win over the file."""
     given = {k: v for k, v in flags.items() if v not in (None, ())}
+    if "steps" in given and "tokens" in given:
+        raise UsageError("give --tokens or --steps, not both")
     if "steps" in given:
         given.setdefault("tokens", None)
     elif "tokens" in given:
@@ -91,6 +96,31 @@ def default_precision(cluster: Cluster) -> tuple[str, str]:
     if ratio >= CLEARLY_FASTER:
         return "bf16", f"its matrix multiplies measured {ratio:.1f} times as fast as fp32 here"
     return "fp32", f"bf16 matrix multiplies measured {ratio:.1f} times as fast as fp32 here"
+
+
+def _positive_count(text: str | int) -> int:
+    tokens = parse_count(text, where="tokens")
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise UsageError(f"tokens: {text} makes no sense", do="give a count such as 20B")
+    return tokens
+
+
+def data_of(value: Data | str | None) -> Data | None:
+    """A path: a folder that `outlay data prepare` wrote holds tokens, anything else is text."""
+    if not isinstance(value, str):
+        return value
+    prepared = (Path(value).expanduser() / DATASET_FILE).is_file()
+    return Data(path=value, format="tokens" if prepared else "text")
+
+
+def tokens_of(data: Data) -> int | None:
+    """Training tokens of a prepared folder; null for text, which is counted when it is prepared."""
+    path = Path(data.path).expanduser() / DATASET_FILE
+    if data.format != "tokens" or not path.is_file():
+        return None
+    train = read_mapping(path).get("train")
+    tokens = train.get("tokens") if isinstance(train, dict) else None
+    return tokens if isinstance(tokens, int) and tokens > 0 else None
 
 
 def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
@@ -123,8 +153,13 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
     precision = file.precision or default("precision", *default_precision(cluster))
+    data = data_of(file.data)
     if file.steps is not None:
         steps = file.steps
+    elif file.tokens is None and data is not None and (found := tokens_of(data)):
+        steps = default(
+            "steps", max(1, found // (seq_len * batch)), f"one epoch of the data's {found:,} tokens"
+        )
     else:
         tokens = parse_count(file.tokens, where="tokens") if file.tokens is not None else default(
             "tokens", DEFAULT_TOKENS, "a round number, to give the run a length"
@@ -135,7 +170,6 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
     optimizer = file.optimizer
     if isinstance(optimizer, str):
         optimizer = parse(Optimizer, {"name": optimizer}, path="--optimizer")
-    data = Data(path=file.data, format="text") if isinstance(file.data, str) else file.data
     budget = (file.budget,) if isinstance(file.budget, str) else (file.budget or ())
     extra: dict[str, Any] = {
         k: v

@@ -87,6 +87,16 @@ def batch_closes(c: Candidates, x: Context) -> Array:
 
 
 @_rule(
+    "zero_stage_exists",
+    "arithmetic",
+    "ZeRO has stages 0 to 3",
+    lambda s, x: f"ZeRO-{s.zero} does not exist: the stages are 0, 1, 2 and 3",
+)
+def zero_stage_exists(c: Candidates, x: Context) -> Array:
+    return np.asarray((c.zero < 0) | (c.zero > 3))
+
+
+@_rule(
     "stages_have_blocks",
     "arithmetic",
     "each pipeline stage needs at least one block",

@@ -62,9 +62,15 @@ class UnknownName(UsageError):
     def __init__(self, kind: str, name: str, known: Iterable[str], *, where: str = "") -> None:
         names = sorted(known)
         near = difflib.get_close_matches(name.lower(), names, n=4, cutoff=0.4)
-        hint = "nearest: " + ", ".join(near) if near else "known: " + ", ".join(names[:12])
+        hint = "nearest: " + ", ".join(near) if near else _some(names)
         super().__init__(f"unknown {kind} {name!r}", where=where, do=hint)
         self.near = near
+
+
+def _some(names: list[str], count: int = 12) -> str:
+    """The first few, and how many there are."""
+    more = f" … {len(names)} in all (outlay catalog list)" if len(names) > count else ""
+    return "known: " + ", ".join(names[:count]) + more
 
 
 class MissingExtra(UsageError):

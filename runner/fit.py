@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from outlay.planner.rules import Context, broken
 from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.families import spec_from_config
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import MissingExtra, NotFeasible, UsageError
 from outlay.profiles.units import format_bytes
@@ -32,6 +34,26 @@ def check_software() -> None:
 
 def _major_minor(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def check_rules(plan: Plan) -> None:
+    """Refuse a plan, edited by hand perhaps, that DeepSpeed or the runner would not execute."""
+    spec = spec_from_config(plan.model.config, name=plan.model.name, source="plan.yaml")
+    problems = broken(plan.strategy, Context(spec=spec, job=plan.job, cluster=plan.cluster))
+    if problems:
+        rule, message = problems[0]
+        raise UsageError(message, where="strategy", why=f"{rule.name}: {rule.evidence}")
+    stage = plan.deepspeed.get("zero_optimization", {}).get("stage")
+    if stage != plan.strategy.zero:
+        raise UsageError(
+            f"deepspeed.zero_optimization.stage is {stage}, strategy.zero is {plan.strategy.zero}",
+            do="edit both, or plan again with --zero",
+        )
+    if plan.job.seq_len > spec.max_positions > 0:
+        raise UsageError(
+            f"job.seq_len {plan.job.seq_len} exceeds the {spec.max_positions} positions of the model",
+            do="shorten it, or raise max_position_embeddings in model.config",
+        )
 
 
 def check_machine(plan: Plan, here: Cluster) -> None:

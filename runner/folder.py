@@ -143,6 +143,13 @@ class RunFolder:
 
     def require_new(self) -> None:
         """A new run needs a folder that is empty or not there yet."""
+        file = next(
+            (p for p in self.root.absolute().parents if p.exists() and not p.is_dir()), None
+        )
+        if file is not None:
+            raise UsageError(
+                "a folder below a file cannot be", where=str(self.root), why=f"{file} is a file"
+            )
         if not self.root.exists():
             return
         if not self.root.is_dir():

@@ -14,7 +14,7 @@ from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import CheckpointError, UsageError
 from outlay.runner.budget import OPTIMISTIC_STARTUP_S, Meter
 from outlay.runner.events import EventLog, Follower, cut_torn_line, utc_now
-from outlay.runner.fit import check_machine, check_software
+from outlay.runner.fit import check_machine, check_rules, check_software
 from outlay.runner.folder import Attempt, Attempts, RunFolder
 from outlay.runner.host import (
     AcceleratorKind,
@@ -78,6 +78,7 @@ def run_plan(
 
 def _check(plan: Plan, here: Cluster | None) -> None:
     check_software()
+    check_rules(plan)
     check_schedule(plan.job.schedule, plan.job.steps)
     if plan.job.seed < 0:
         raise UsageError(f"seed must not be negative, it is {plan.job.seed}")

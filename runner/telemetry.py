@@ -186,7 +186,7 @@ def describe(event: Event, steps: int) -> str | None:
         case "step":
             return (
                 f"step {event.step}/{steps}  loss {_number(data.get('loss'))}  "
-                f"lr {data['lr']:.2e}  {format_count(data['tokens_per_s'])} tokens/s"
+                f"lr {_rate(data.get('lr'))}  {format_count(data['tokens_per_s'])} tokens/s"
             )
         case "start":
             return f"starting {data['ranks']} ranks: {data['strategy']}"
@@ -205,6 +205,10 @@ def describe(event: Event, steps: int) -> str | None:
             return f"{event.kind}: {data['message']}"
         case _:
             return None
+
+
+def _rate(value: Any) -> str:
+    return "not finite" if value is None else f"{value:.2e}"
 
 
 def _number(value: Any) -> str:

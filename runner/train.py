@@ -68,6 +68,10 @@ class Votes:
         return [int(t) for t in tensors]
 
 
+SAVE_AFTER_S = 60.0
+"""Wall time between checkpoints where the job does not say how many steps."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Orders:
     """What all ranks do before the next step."""
@@ -103,6 +107,7 @@ class Trainer:
         self.saved_step: int | None = None
         self.checkpoint: str | None = None
         self.loss: float | None = None
+        self.last_save_s, self.last_save_took_s = time.monotonic(), 0.0
         self.step_times_s: list[float] = []
         self.scalars: Scalars | None = None
         grid = {
@@ -180,11 +185,19 @@ class Trainer:
         if over or last or done == 0:
             return over, False, False, False
         rehearse = self.meter.limit_s is not None and done == REHEARSE_AFTER
-        save = rehearse or _due(self.job.save_every, self.step)
+        save = rehearse or self._save_due()
         evaluate = _due(self.job.eval_every, self.step)
         save = save and self.meter.affords(step_s + bounds.save.upper_s() + finish_s)
         evaluate = evaluate and self.meter.affords(step_s + bounds.evaluate.upper_s() + finish_s)
         return False, save, evaluate, rehearse
+
+    def _save_due(self) -> bool:
+        """By steps where the job says so; else by time, so that a kill costs at most
+        SAVE_AFTER_S (or fifty times what a save takes, where saves are slow)."""
+        if self.job.save_every is not None:
+            return _due(self.job.save_every, self.step)
+        waited_s = time.monotonic() - self.last_save_s
+        return waited_s >= max(SAVE_AFTER_S, 50 * self.last_save_took_s)
 
     def _train_step(self) -> None:
         began_s = time.monotonic()
@@ -251,6 +264,7 @@ class Trainer:
         path = save_checkpoint(self.engine, self.folder.checkpoints, self.step, state)
         took_s = time.monotonic() - began_s
         self.bounds.save.add(took_s)
+        self.last_save_s, self.last_save_took_s = time.monotonic(), took_s
         self.saved_step, self.checkpoint = self.step, str(path)
         if self.lead:
             size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

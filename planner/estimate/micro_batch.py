@@ -10,7 +10,7 @@ import numpy as np
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.communication import Figures, all_to_all_s, collective_s, transfer_s
 from outlay.planner.estimate.operators import BlockTime, Speed, block_s, head_s, width_of
-from outlay.planner.estimate.pipeline import bubble_s, slowest_stage
+from outlay.planner.estimate.pipeline import slowest_stage, waits_s
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import stage_loads
 from outlay.planner.spec.cluster import Cluster
@@ -35,8 +35,10 @@ class MicroBatch:
     """The whole forward pass, collectives in it included."""
     backward_pass: Array
     """Backward with what it recomputes and sends."""
-    bubble: Array
-    """Of the pipeline, a step."""
+    per_stage: Array
+    """[3, n]: first, middle and last stage."""
+    waits: Array
+    """[3, n]: what each would wait in a step if it set the pace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,11 +186,12 @@ def micro_batch_s(
     head_forward, head_backward = head_s(spec, targets, c, speed, figures)
     forward += loads.has_head * head_forward
     backward += loads.has_head * head_backward
-    inside = sent_f["tensor"] + sent_f["sequence"] + sent_f["expert"]
+    inside = sent_f["tensor"] + sent_f["sequence"] + sent_f["expert"] + wait_f
+    sent_r = sent_r + wait_r
     pass_f = _longest(forward + inside, host_f, software)
     pass_b = _longest(backward + recompute + inside + sent_r, host_b + host_r, software)
-    whole_f = (pass_f + wait_f) * loads.exists
-    whole_b = (pass_b + drained + wait_f + wait_r) * loads.exists
+    whole_f = pass_f * loads.exists
+    whole_b = (pass_b + drained) * loads.exists
     slowest, n = slowest_stage(whole_f + whole_b), np.arange(len(c))
     repeated = np.where(inside > 0, 2.0 + sent_r / np.where(inside > 0, inside, 1.0), 0.0)
     again_host = (
@@ -205,10 +208,11 @@ def micro_batch_s(
         forward=at(pass_f - inside),
         backward=at(pass_b - inside - sent_r - again_part),
         recompute=at(again_part + drained),
-        tensor_parallel=at(sent_f["tensor"] * repeated + 2.0 * wait_f + wait_r),
+        tensor_parallel=at((sent_f["tensor"] + wait_f) * repeated),
         sequence_parallel=at(sent_f["sequence"] * repeated),
         expert_parallel=at(sent_f["expert"] * repeated),
         forward_pass=at(whole_f),
         backward_pass=at(whole_b),
-        bubble=bubble_s(whole_f, whole_b, c.pp, c.vpp, c.grad_accum),
+        per_stage=whole_f + whole_b,
+        waits=waits_s(whole_f, whole_b, c.pp, c.vpp, c.grad_accum),
     )

@@ -132,7 +132,7 @@ def gemm_s(
     area = area + half * n * count
     arithmetic = 2.0 * area * (k + figures["compute.gemm_half_k"]) / rate
     traffic = width * count * (tokens * k + k * n + tokens * n) / speed.memory_bytes_per_s
-    return np.maximum(arithmetic, traffic) + figures["compute.kernel_s"]
+    return np.asarray(np.maximum(arithmetic, traffic) + figures["compute.kernel_s"])
 
 
 def linear_s(

@@ -44,8 +44,6 @@ class Software:
     """Of one element of a dropout mask; 0 = the width of the values (torch on a CPU)."""
     step_in_torch: bool = False
     """The optimizer is torch's own, operator by operator, with intermediates of its size; else fused."""
-    fused_optimizer: bool = True
-    """One kernel a step, without temporaries as large as what it steps."""
     accumulates_whole: bool = False
     """Gradients stay whole between micro-batches: FSDP's `no_sync`, which litgpt accumulates under."""
     quant_saves_input: bool = False

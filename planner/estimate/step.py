@@ -17,6 +17,7 @@ from outlay.planner.estimate.communication import Figures, transfer_s
 from outlay.planner.estimate.data_parallel import Traffic, exposed_s, traffic
 from outlay.planner.estimate.micro_batch import TENSORS_PER_BLOCK, MicroBatch, hook_s, micro_batch_s
 from outlay.planner.estimate.operators import Speed, speed_of, width_of
+from outlay.planner.estimate.pipeline import bubble_s
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, stage_loads
 from outlay.planner.estimate.states import MOMENTS
@@ -189,7 +190,7 @@ def assemble(
         "optimizer": s.optimizer,
         "tensor_parallel": micro * m.tensor_parallel,
         "data_parallel_exposed": micro * each + once,
-        "pipeline_bubble": m.bubble,
+        "pipeline_bubble": bubble_s(m.per_stage, m.waits, micro),
         "pipeline_transfer": (micro * figures["communication.transfer_exposed"] + c.pp - 1.0)
         * transfer,
         "sequence_parallel": micro * m.sequence_parallel,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from outlay.planner.cost import budget_s
 from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.job import Job
 from outlay.planner.spec.plan import Plan
 from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.units import format_bytes, format_count, format_seconds, format_usd
@@ -123,8 +125,33 @@ def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def print_estimate(console: Console, e: dict[str, Any]) -> None:
-    console.print(_pairs(estimate_rows(e)))
+def budget_rows(job: Job, cluster: Cluster, step_s: float | None) -> list[tuple[str, str]]:
+    """For each budget, how much of the run it holds at the expected speed."""
+    rows = []
+    for budget in job.budget:
+        limit_s = budget_s(budget, cluster)
+        if limit_s is None:
+            need = (
+                "a price (--price-usd-per-h)"
+                if budget.kind == "money"
+                else "metering, not yet there"
+            )
+            text = f"{budget}: cannot be compared, it needs {need}"
+        elif step_s is None:
+            text = f"{budget}: cannot be compared, the step time is unknown"
+        else:
+            held = int(limit_s / step_s)
+            text = f"{budget} holds about {held:,} steps of {job.steps:,}"
+            text += ", set-up, evaluation and saves not counted"
+            if held < job.steps:
+                text += ": THE RUN WILL STOP AT THE BUDGET"
+        rows.append(("budget", text))
+    return rows
+
+
+def print_estimate(console: Console, e: dict[str, Any], budgets: list[tuple[str, str]]) -> None:
+    """Headline, parts of memory and time, assumptions."""
+    console.print(_pairs([*estimate_rows(e), *budgets]))
     memory, step = e["memory"], e["step"]
     console.print(
         _parts_table("memory at the peak", memory["parts"], memory["device_bytes"], format_bytes)
@@ -154,7 +181,10 @@ def print_assumptions(console: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def print_plan(console: Console, plan: Plan, *, out: str | None) -> None:
-    console.print(_pairs(estimate_rows(plan.estimate)))
+    step = plan.estimate["step"]
+    step_s = None if step is None else float(step["time_s"])
+    budgets = budget_rows(plan.job, plan.cluster, step_s)
+    console.print(_pairs([*estimate_rows(plan.estimate), *budgets]))
     console.print(
         f"{plan.considered} strategies looked at, {plan.feasible} fit. The next:", highlight=False
     )

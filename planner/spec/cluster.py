@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from outlay.profiles.errors import UsageError
 from outlay.profiles.loader import Accelerator
 
 SCHEMA_CLUSTER = "outlay/cluster@1"
+
+
+def _require_positive(owner: str, **values: float | None) -> None:
+    """Figures that divide: zero, negative and not-a-number are refused, with their name."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{owner}.{name} must be positive and finite, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +30,9 @@ class Link:
     latency_s: float
     """Start of one message; seconds."""
     source: str
+
+    def __post_init__(self) -> None:
+        _require_positive("link", bytes_per_s=self.bytes_per_s, latency_s=self.latency_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +101,11 @@ class Rates:
     pageable_copy_bytes_per_s: float | None = None
     """Host to GPU from ordinary memory, all ranks at once; null on CPU."""
 
+    def __post_init__(self) -> None:
+        _require_positive("rates", memory_bytes_per_s=self.memory_bytes_per_s, **self.gemm_flops)
+        for size, seconds in self.all_reduce:
+            _require_positive("rates.all_reduce", bytes=size, seconds=seconds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
@@ -116,6 +133,17 @@ class Cluster:
     notes: tuple[str, ...] = ()
     """What the probe could not find out, one sentence each."""
     schema: str = field(default=SCHEMA_CLUSTER)
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "cluster",
+            nodes=self.nodes,
+            ranks_per_node=self.ranks_per_node,
+            usable_bytes=self.usable_bytes,
+        )
+        price = self.price_usd_per_h
+        if price is not None and not 0 <= price < math.inf:
+            raise UsageError(f"cluster.price_usd_per_h makes no sense: {price}")
 
     @property
     def ranks(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +50,9 @@ class Budget:
         return cls(kind=kind, amount=amount * factor)
 
     def __str__(self) -> str:
+        if self.kind == "hours" and self.amount < 1:
+            seconds = self.amount * 3600
+            return f"{seconds / 60:.6g}min" if seconds >= 60 else f"{seconds:.6g}s"
         unit = {
             "money": "usd",
             "hours": "h",
@@ -72,6 +76,14 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.1
     momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "eps"):
+            value = getattr(self, key)
+            if not 0 < value < math.inf:
+                raise UsageError(f"optimizer.{key} must be positive and finite, not {value}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"optimizer.weight_decay makes no sense: {self.weight_decay}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +148,7 @@ class Job:
     eval_sequences: int = 64
     """Held-out sequences that one evaluation reads, rounded down to whole batches."""
     save_every: int | None = None
-    """Optimizer steps between checkpoints; null = at the end, and when stopped."""
+    """Optimizer steps between checkpoints; null = by time, about every minute; and at the end."""
     schema: str = field(default=SCHEMA_JOB)
 
     @property

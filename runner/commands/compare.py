@@ -95,7 +95,16 @@ def _memory_rows(e: dict[str, Any], m: Any, memory: list[MemoryReading] | None) 
     elif m.memory_bytes:
         kind, measured = m.memory_kind, max(m.memory_bytes)
     else:
-        return []
+        return [
+            Row(
+                quantity="peak memory a rank",
+                unit="bytes",
+                predicted=parts["device_bytes"],
+                low=parts["low_bytes"],
+                high=parts["high_bytes"],
+                measured=None,
+            )
+        ]
     # The interval of the whole holds for what is compared: its runtime part is known apart.
     predicted = parts["device_bytes"] if kind == "device" else parts["allocated_bytes"]
     scale = predicted / parts["device_bytes"]

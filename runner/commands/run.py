@@ -110,7 +110,7 @@ def run(
     require_run_extra()
     from outlay.planner.planning import read_plan
     from outlay.planner.probe import probe
-    from outlay.runner.fit import check_machine
+    from outlay.runner.fit import check_machine, check_rules
     from outlay.runner.launch import run_plan
 
     plan = with_limits(read_plan(plan_file), budget, price_usd_per_h, data)
@@ -118,6 +118,7 @@ def run(
         raise UsageError("the plan names no data", where=plan_file, do="pass --data")
     here = probe(ranks=plan.strategy.world if plan.cluster.kind == "cpu" else None)
     if dry_run:
+        check_rules(plan)
         check_machine(plan, here)
         click.echo(
             f"{plan_file} fits this machine: {plan.strategy.label()}, {plan.job.steps} steps"
@@ -161,6 +162,11 @@ def resume(
     folder = RunFolder(Path(run_dir))
     folder.require_run()
     plan = with_limits(folder.read_plan(), budget, price_usd_per_h)
+    if folder.outcome.exists():
+        outcome = json.loads(folder.outcome.read_text())
+        if outcome.get("state") == "done" and outcome.get("steps", 0) >= plan.job.steps:
+            click.echo(f"already done: {outcome['steps']} steps; nothing to resume", err=True)
+            return
     here = probe(ranks=plan.strategy.world if plan.cluster.kind == "cpu" else None)
     outcome = run_plan(
         plan, Path(run_dir), resume=True, here=here, started_s=started_s, quiet=quiet

@@ -99,7 +99,7 @@ def _memory(spec: ModelSpec, software: Software, *several: Strategy, **job: obje
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(specs, strategies(), st.sampled_from(SOFTWARE), st.sampled_from(["eager", "flash"]),
        st.sampled_from(["fp32", "bf16", "fp16"]))  # fmt: skip
 def test_parts_sum_and_are_finite(
@@ -116,7 +116,7 @@ def test_parts_sum_and_are_finite(
     assert float(m.by_phase[:, 0].max()) == pytest.approx(float(m.device[0]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(specs, strategies(), st.sampled_from(SOFTWARE), st.sampled_from(["eager", "flash"]))
 def test_more_checkpointing_never_needs_more(
     spec: ModelSpec, strategy: Strategy, software: Software, attention: str
@@ -127,14 +127,19 @@ def test_more_checkpointing_never_needs_more(
     assert m.allocated[1] * (1 + 1e-9) >= m.allocated[2]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(specs, strategies(), st.sampled_from(SOFTWARE))
 def test_linear_in_micro_batch(spec: ModelSpec, strategy: Strategy, software: Software) -> None:
-    """Once activations make the peak, each sequence more costs the same."""
-    several = [dataclasses.replace(strategy, micro_batch=n) for n in (256, 512, 768)]
-    a, b, c = _memory(spec, software, *several).allocated
-    assert b - a == pytest.approx(c - b, rel=1e-6)
-    assert a < b < c
+    """In every phase each sequence more costs the same; the peak, their maximum, only bends upwards."""
+    several = [dataclasses.replace(strategy, micro_batch=n) for n in (1, 2, 3, 256, 512, 768)]
+    m = _memory(spec, software, *several)
+    for i in (0, 3):
+        a, b, c = m.allocated[i : i + 3]
+        assert a <= b <= c
+        assert c - b >= (b - a) * (1 - 1e-6)
+        if len(set(m.peak_position[i : i + 3])) == 1:
+            a, b, c = m.by_phase[:, i], m.by_phase[:, i + 1], m.by_phase[:, i + 2]
+            assert b - a == pytest.approx(c - b, rel=1e-6, abs=16)
 
 
 def _zero3(spec: ModelSpec, software: Software, ranks: list[int]) -> States:
@@ -148,7 +153,7 @@ def _zero3(spec: ModelSpec, software: Software, ranks: list[int]) -> States:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(specs, st.sampled_from([DEEPSPEED, FSDP, FSDP_COMPILED, MEGATRON]))
 def test_zero3_states_never_grow_with_ranks(spec: ModelSpec, software: Software) -> None:
     s = _zero3(spec, software, [1, 2, 3, 5, 8, 64, 1000, 100_000])

@@ -24,6 +24,7 @@ FINE = Strategy(zero=1, dp=2, micro_batch=2, grad_accum=2)
 BROKEN = {
     "world_is_ranks": {"dp": 4, "grad_accum": 1},
     "batch_closes": {"grad_accum": 3},
+    "zero_stage_exists": {"zero": 9},
     "stages_have_blocks": {"pp": 8},
     "pipeline_without_zero_2": {"pp": 2, "zero": 2},
     "tensor_parallel_divides_heads": {"tp": 3},

@@ -29,6 +29,8 @@ from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
 from outlay.planner.spec.strategy import Strategy
 
+NEARLY = 1 + 1e-12
+"""Sums in another order differ in the last digits."""
 SOFTWARE = (DEEPSPEED, MEGATRON, MEGATRON_CORE, FSDP_COMPILED)
 
 
@@ -120,7 +122,8 @@ def test_full_recomputation_is_never_faster(one: Strategy, s: Software) -> None:
         [dataclasses.replace(one, activation_checkpointing=w) for w in words],
         software=s,  # type: ignore[arg-type]
     ).time_s
-    assert none <= selective <= full
+    assert none <= selective * NEARLY
+    assert selective <= full * NEARLY
 
 
 @given(strategies, software, st.sampled_from(["intra", "inter"]), st.floats(1.0, 20.0))
@@ -134,7 +137,7 @@ def test_more_bandwidth_is_never_slower(
     )
     fast = dataclasses.replace(slow, **{link: wider})
     before, after = step([one], on=slow, software=s).time_s, step([one], on=fast, software=s).time_s
-    assert after <= before * (1 + 1e-12)
+    assert after <= before * NEARLY
 
 
 @given(strategies, software, st.integers(1, 4))
@@ -146,8 +149,8 @@ def test_time_grows_with_the_batch(one: Strategy, s: Software, more: int) -> Non
         dataclasses.replace(one, grad_accum=one.grad_accum + more),
     ]
     base, wider, longer = step(larger, software=s).time_s
-    assert wider >= base
-    assert longer >= base
+    assert wider * NEARLY >= base
+    assert longer * NEARLY >= base
 
 
 @given(strategies, software, st.integers(1, 32))
@@ -155,7 +158,7 @@ def test_time_grows_with_the_batch(one: Strategy, s: Software, more: int) -> Non
 def test_time_grows_with_the_depth(one: Strategy, s: Software, more: int) -> None:
     shallow, deep = model(layers=16), model(layers=16 + more)
     before = step([one], spec=shallow, software=s).time_s
-    assert step([one], spec=deep, software=s).time_s >= before * (1 - 1e-12)
+    assert step([one], spec=deep, software=s).time_s * NEARLY >= before
 
 
 def test_stage_two_reduces_at_every_micro_batch_and_stage_one_once() -> None:

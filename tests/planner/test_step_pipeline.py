@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from outlay.planner.estimate.pipeline import bubble_s
+from outlay.planner.estimate.pipeline import bubble_s, waits_s
 
 
 def one_f_one_b(stage: int, stages: int, micro: int) -> list[tuple[str, int]]:
@@ -48,15 +48,16 @@ def simulate(forward: list[float], backward: list[float], micro: int) -> float:
 def closed_form(forward: list[float], backward: list[float], micro: int) -> float:
     """What the estimate makes of it: from first, a middle and the last stage."""
     pp = len(forward)
-    f, b = (
-        np.array([[x[0]], [x[1] if pp > 2 else 0.0], [x[-1]]]) for x in (forward, backward)
-    )
+    f, b = (np.array([[x[0]], [x[1] if pp > 2 else 0.0], [x[-1]]]) for x in (forward, backward))
     one = np.array([1])
-    bubble = bubble_s(f, b, np.array([pp]), one, np.array([micro]))
+    many = np.array([micro])
+    bubble = bubble_s(f + b, waits_s(f, b, np.array([pp]), one, many), many)
     return float((micro * (f + b).max(axis=0) + bubble)[0])
 
 
-def pipeline(seed: int, first: tuple[float, float], last: tuple[float, float]) -> tuple[list[float], list[float], int]:
+def pipeline(
+    seed: int, first: tuple[float, float], last: tuple[float, float]
+) -> tuple[list[float], list[float], int]:
     """(forward, backward, micro-batches) of a random pipeline whose ends differ from its inside by
     factors in these ranges."""
     rng = random.Random(seed)
@@ -79,10 +80,10 @@ def test_closed_form_agrees_with_an_event_simulation_within_one_per_cent(seed: i
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_stages_that_differ_twofold_agree_within_eight_per_cent(seed: int) -> None:
+def test_stages_that_differ_twofold_agree_within_four_per_cent(seed: int) -> None:
     forward, backward, micro = pipeline(seed, (0.6, 1.3), (0.6, 1.5))
     assert closed_form(forward, backward, micro) == pytest.approx(
-        simulate(forward, backward, micro), rel=0.08
+        simulate(forward, backward, micro), rel=0.04
     )
 
 
@@ -93,11 +94,13 @@ def test_a_uniform_pipeline_has_the_textbook_bubble() -> None:
 
 def test_interleaving_divides_the_bubble() -> None:
     f, pp, micro = np.ones((3, 1)), np.array([8]), np.array([64])
-    plain = bubble_s(f, 2 * f, pp, np.array([1]), micro)
+    plain, quarter = (
+        bubble_s(3 * f, waits_s(f, 2 * f, pp, np.array([vpp]), micro), micro) for vpp in (1, 4)
+    )
     assert plain == pytest.approx(7 * 3.0)
-    assert bubble_s(f, 2 * f, pp, np.array([4]), micro) == pytest.approx(plain / 4)
+    assert quarter == pytest.approx(plain / 4)
 
 
 def test_one_stage_has_no_bubble() -> None:
     f, one = np.array([[1.0], [0.0], [1.0]]), np.array([1])
-    assert bubble_s(f, 2 * f, one, one, np.array([4])) == pytest.approx(0.0)
+    assert bubble_s(3 * f, waits_s(f, 2 * f, one, one, 4 * one), 4 * one) == pytest.approx(0.0)
