@@ -161,7 +161,7 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
             "steps", max(1, found // (seq_len * batch)), f"one epoch of the data's {found:,} tokens"
         )
     else:
-        tokens = parse_count(file.tokens, where="tokens") if file.tokens is not None else default(
+        tokens = _positive_count(file.tokens) if file.tokens is not None else default(
             "tokens", DEFAULT_TOKENS, "a round number, to give the run a length"
         )  # fmt: skip
         steps = max(1, -(-tokens // (seq_len * batch)))

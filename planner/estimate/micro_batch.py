@@ -186,12 +186,11 @@ def micro_batch_s(
     head_forward, head_backward = head_s(spec, targets, c, speed, figures)
     forward += loads.has_head * head_forward
     backward += loads.has_head * head_backward
-    inside = sent_f["tensor"] + sent_f["sequence"] + sent_f["expert"] + wait_f
-    sent_r = sent_r + wait_r
+    inside = sent_f["tensor"] + sent_f["sequence"] + sent_f["expert"]
     pass_f = _longest(forward + inside, host_f, software)
     pass_b = _longest(backward + recompute + inside + sent_r, host_b + host_r, software)
-    whole_f = pass_f * loads.exists
-    whole_b = (pass_b + drained) * loads.exists
+    whole_f = (pass_f + wait_f) * loads.exists
+    whole_b = (pass_b + drained + wait_f + wait_r) * loads.exists
     slowest, n = slowest_stage(whole_f + whole_b), np.arange(len(c))
     repeated = np.where(inside > 0, 2.0 + sent_r / np.where(inside > 0, inside, 1.0), 0.0)
     again_host = (
@@ -208,7 +207,7 @@ def micro_batch_s(
         forward=at(pass_f - inside),
         backward=at(pass_b - inside - sent_r - again_part),
         recompute=at(again_part + drained),
-        tensor_parallel=at((sent_f["tensor"] + wait_f) * repeated),
+        tensor_parallel=at(sent_f["tensor"] * repeated + 2.0 * wait_f + wait_r),
         sequence_parallel=at(sent_f["sequence"] * repeated),
         expert_parallel=at(sent_f["expert"] * repeated),
         forward_pass=at(whole_f),

@@ -119,9 +119,14 @@ def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
         ("step time", between(step["low_s"], step["time_s"], step["high_s"], format_seconds)),
         ("throughput", f"{t['tokens_per_s']:,.0f} tokens/s" + (f", MFU {t['mfu']:.1%}" if t["mfu"] else "")),
         ("run", f"{run['steps']:,} steps, {format_count(run['tokens'])} tokens, {format_seconds(run['time_s'])}"),
-        ("cost", "unknown: no price" if run["cost_usd"] is None else between(
-            run["cost_usd"]["low"], run["cost_usd"]["expected"], run["cost_usd"]["high"], format_usd)),
     ]  # fmt: skip
+    cost = run["cost_usd"]
+    if cost is None:
+        rows.append(("cost", "unknown: no price (--price-usd-per-h)"))
+    else:
+        shown = between(cost["low"], cost["expected"], cost["high"], format_usd)
+        price = f"{cluster['price_usd_per_h']:,.4g} USD/h ({cluster['price_source']})"
+        rows.append(("cost", f"{shown} at {price}"))
     return rows
 
 

@@ -180,7 +180,7 @@ def resume(
 def verify(path: str) -> None:
     """Check a run's checkpoints, or one, against their manifests.
 
-    Exit code 5 when none verifies, or the one named does not.
+    Exit code 5 when one does not verify, or there is none.
     """
     require_run_extra()
     from outlay.runner.checkpoint import checkpoints
@@ -194,17 +194,19 @@ def verify(path: str) -> None:
         verify_checkpoint(Path(path))
         click.echo(f"ok   {path}")
         return
-    good = 0
-    for checkpoint in checkpoints(folder.checkpoints):
+    found, bad = checkpoints(folder.checkpoints), 0
+    for checkpoint in found:
         try:
             verify_checkpoint(checkpoint)
         except CheckpointError as error:
+            bad += 1
             click.echo(f"bad  {checkpoint}: {error.what}")
         else:
-            good += 1
             click.echo(f"ok   {checkpoint}")
-    if not good:
-        raise CheckpointError("no checkpoint verifies", where=str(folder.checkpoints))
+    if bad or not found:
+        what = f"{bad} of {len(found)} checkpoints do not verify" if found else "there is none"
+        do = f"outlay resume {path} takes the newest that verifies" if bad < len(found) else ""
+        raise CheckpointError(what, where=str(folder.checkpoints), do=do)
 
 
 @click.command()
@@ -236,6 +238,7 @@ def status(run_dir: str, format_: str) -> None:
         return
     outcome = last.pop("outcome")
     for key, value in last.items():
-        click.echo(f"{key:<16}{value}")
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        click.echo(f"{key:<16}{shown}")
     text = "not ended" if outcome is None else f"{outcome['state']}: {outcome['reason']}"
-    click.echo(f"{'outcome':<16}{text}")
+    click.echo(f"{'outcome':<16}" + text.replace("\n", "\n" + " " * 16))
