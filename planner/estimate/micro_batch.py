@@ -12,7 +12,7 @@ from outlay.planner.estimate.communication import Figures, all_to_all_s, collect
 from outlay.planner.estimate.operators import BlockTime, Speed, block_s, head_s, width_of
 from outlay.planner.estimate.pipeline import slowest_stage, waits_s
 from outlay.planner.estimate.software import Software
-from outlay.planner.estimate.stages import stage_loads
+from outlay.planner.estimate.stages import StageLoads, stage_loads
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import Block, ModelSpec
@@ -141,75 +141,93 @@ def _longest(kernels: Array, host: Array, software: Software) -> Array:
     return np.maximum(kernels, host) if software.start_hidden else kernels + host
 
 
-def micro_batch_s(
-    spec: ModelSpec,
-    job: Job,
-    c: Candidates,
-    cluster: Cluster,
-    speed: Speed,
-    figures: Figures,
-    software: Software,
-) -> MicroBatch:
-    """Every part of one micro-batch on the slowest stage, and the pipeline's bubble."""
-    loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
-    targets = _targets(spec, job)
-    shape = (3, len(c))
-    forward, backward, recompute = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    host_f, host_b, host_r = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    sent_f = {name: np.zeros(shape) for name in ("tensor", "sequence", "expert")}
-    sent_r, wait_f, wait_r, drained = (np.zeros(shape) for _ in range(4))
+@dataclass(kw_only=True)
+class _Sums:
+    """Over the blocks of each stage, arrays [3, n]: kernels, their start on the host, collectives."""
+
+    forward: Array
+    backward: Array
+    recompute: Array
+    host_forward: Array
+    host_backward: Array
+    host_recompute: Array
+    tensor: Array
+    sequence: Array
+    expert: Array
+    sent_again: Array
+    """What recomputation sends once more."""
+    wait: Array
+    wait_again: Array
+    drained: Array
+    """Megatron's tracker copies random states between host and device for each checkpointed block,
+    which drains the queue of kernels: nothing hides that. torch's own checkpointing costs the host."""
+
+    @property
+    def sent(self) -> Array:
+        return self.tensor + self.sequence + self.expert
+
+
+def _sums(
+    spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, speed: Speed, figures: Figures,
+    software: Software, loads: StageLoads,
+) -> _Sums:  # fmt: skip
+    s = _Sums(**{f.name: np.zeros((3, len(c))) for f in dataclasses.fields(_Sums)})
     hooks = hook_s(c, figures) if software.family == "deepspeed" and software.start_hidden else 0.0
-    # Megatron's tracker copies random states between host and device for each block, which drains the
-    # queue of kernels: that time is hidden by nothing. torch's own checkpointing only costs the host.
-    drains = software.family == "megatron"
+    targets = _targets(spec, job)
     for g, block in enumerate(spec.blocks):
         count = loads.block_counts[:, g]
         mine = targets if block.stack == "decoder" else job
         t = block_s(spec, block, mine, c, speed, figures, software)
         sent = _sent(spec, block, mine, c, cluster, t.core, figures, software)
-        forward += count * t.forward
-        backward += count * t.backward
-        host_f += count * (t.host_forward + hooks / 2.0)
-        host_b += count * (t.host_backward + hooks / 2.0)
-        for name in sent_f:
-            sent_f[name] += count * getattr(sent, name)
         again, collectives, blocks = _again(c, t, sent, count, software.selective)
-        wait_f += count * sent.wait
-        wait_r += blocks * sent.wait
-        recompute += again
-        sent_r += collectives
-        host_r += blocks * t.host_forward
-        if drains:
-            drained += blocks * figures["compute.checkpoint_megatron_s"]
+        s.forward += count * t.forward
+        s.backward += count * t.backward
+        s.recompute += again
+        s.host_forward += count * (t.host_forward + hooks / 2.0)
+        s.host_backward += count * (t.host_backward + hooks / 2.0)
+        s.host_recompute += blocks * t.host_forward
+        s.tensor += count * sent.tensor
+        s.sequence += count * sent.sequence
+        s.expert += count * sent.expert
+        s.sent_again += collectives
+        s.wait += count * sent.wait
+        s.wait_again += blocks * sent.wait
+        if software.family == "megatron":
+            s.drained += blocks * figures["compute.checkpoint_megatron_s"]
         else:
-            host_r += blocks * figures["compute.checkpoint_start_s"]
+            s.host_recompute += blocks * figures["compute.checkpoint_start_s"]
     head_forward, head_backward = head_s(spec, targets, c, speed, figures)
-    forward += loads.has_head * head_forward
-    backward += loads.has_head * head_backward
-    inside = sent_f["tensor"] + sent_f["sequence"] + sent_f["expert"]
-    pass_f = _longest(forward + inside, host_f, software)
-    pass_b = _longest(backward + recompute + inside + sent_r, host_b + host_r, software)
-    whole_f = (pass_f + wait_f) * loads.exists
-    whole_b = (pass_b + drained + wait_f + wait_r) * loads.exists
+    s.forward += loads.has_head * head_forward
+    s.backward += loads.has_head * head_backward
+    return s
+
+
+def micro_batch_s(
+    spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, speed: Speed, figures: Figures, software: Software
+) -> MicroBatch:  # fmt: skip
+    """Every part of one micro-batch on the slowest stage, and what each stage would wait."""
+    loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
+    s = _sums(spec, job, c, cluster, speed, figures, software, loads)
+    inside, both = s.sent, s.backward + s.recompute
+    pass_f = _longest(s.forward + inside, s.host_forward, software)
+    pass_b = _longest(both + inside + s.sent_again, s.host_backward + s.host_recompute, software)
+    again = _longest(s.recompute + s.sent_again, s.host_recompute, software) - s.sent_again
+    again = np.minimum(np.where(s.recompute > 0, again, 0.0), pass_b - inside - s.sent_again)
+    whole_f = (pass_f + s.wait) * loads.exists
+    whole_b = (pass_b + s.drained + s.wait + s.wait_again) * loads.exists
     slowest, n = slowest_stage(whole_f + whole_b), np.arange(len(c))
-    repeated = np.where(inside > 0, 2.0 + sent_r / np.where(inside > 0, inside, 1.0), 0.0)
-    again_host = (
-        _longest(recompute + sent_r, host_r, software)
-        if software.start_hidden
-        else recompute + host_r
-    )
+    repeated = np.where(inside > 0, 2.0 + s.sent_again / np.where(inside > 0, inside, 1.0), 0.0)
 
     def at(values: Array) -> Array:
         return np.asarray(values[slowest, n])
 
-    again_part = np.minimum(np.where(recompute > 0, again_host - sent_r, 0.0), pass_b)
     return MicroBatch(
         forward=at(pass_f - inside),
-        backward=at(pass_b - inside - sent_r - again_part),
-        recompute=at(again_part + drained),
-        tensor_parallel=at(sent_f["tensor"] * repeated + 2.0 * wait_f + wait_r),
-        sequence_parallel=at(sent_f["sequence"] * repeated),
-        expert_parallel=at(sent_f["expert"] * repeated),
+        backward=at(pass_b - inside - s.sent_again - again),
+        recompute=at(again + s.drained),
+        tensor_parallel=at(s.tensor * repeated + 2.0 * s.wait + s.wait_again),
+        sequence_parallel=at(s.sequence * repeated),
+        expert_parallel=at(s.expert * repeated),
         forward_pass=at(whole_f),
         backward_pass=at(whole_b),
         per_stage=whole_f + whole_b,
