@@ -22,7 +22,7 @@ test: $(READY) lint types
 	$(BIN)/python -m pytest -m "not long"
 
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long
+	HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from outlay.planner.spec.cluster import Cluster, Link, Rates
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
 from outlay.profiles.loader import Accelerator
+
+# The same examples every time, so that a red test is this change's doing; HYPOTHESIS_PROFILE=search
+# looks for new ones (make test-long).
+settings.register_profile("repeat", derandomize=True)
+settings.register_profile("search", derandomize=False, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

@@ -140,6 +140,7 @@ def largest_matrix(spec: ModelSpec) -> int:
     sizes = [
         spec.vocab * (spec.embedding_width or spec.hidden),
         spec.learned_positions // tables * (spec.position_width or spec.hidden),
+        spec.embedding_width * spec.hidden,
     ]
     for block in spec.blocks:
         mlp = block.mlp
