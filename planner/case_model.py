@@ -12,7 +12,7 @@ from outlay.planner.spec.families import preset_names, resolve_model
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
 from outlay.profiles.errors import UsageError
 
-VOCAB = {"llama": 32000, "moe": 32000, "bert": 30528, "t5": 32128, "mt5": 250112}
+VOCAB = {"llama": 32000, "moe": 32000, "bert": 30528, "t5": 32128}
 """By architecture where a row says nothing: the original tokenizers' sizes; else GPT-2's, padded."""
 GPT_VOCAB = 51200
 LONG_SEQ_LEN, LONG_VOCAB = 8192, 128256
@@ -95,8 +95,6 @@ def _vocab(row: Mapping[str, str], arch: str, gated: bool) -> int:
     heads, kv_heads, seq_len = (count(row, k) or 0 for k in ("heads", "kv_heads", "seq_len"))
     if arch == "gpt" and 0 < kv_heads < heads and seq_len >= LONG_SEQ_LEN:
         return LONG_VOCAB
-    if (row.get("model") or "").lower().startswith("mt5"):
-        return VOCAB["mt5"]
     return GPT_VOCAB if arch == "moe" and not gated else VOCAB.get(arch, GPT_VOCAB)
 
 

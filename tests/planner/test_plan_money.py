@@ -73,7 +73,7 @@ def test_budgets_print_as_they_are_typed(text: str) -> None:
 
 @pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
 def test_nonsense_learning_rates(lr: float) -> None:
-    with pytest.raises(UsageError, match="optimizer.lr"):
+    with pytest.raises(UsageError, match=r"optimizer\.lr"):
         Optimizer(lr=lr)
 
 
