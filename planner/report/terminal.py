@@ -115,10 +115,14 @@ def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("step time", "unknown"))
         return rows
     t = e["throughput"]
+    steps, batch = run["steps"], run["tokens"] / run["steps"]
+    low, high = step["low_s"], step["high_s"]
+    speed = between(batch / high, t["tokens_per_s"], batch / low, lambda v: f"{v:,.0f}")
+    duration = between(low * steps, run["time_s"], high * steps, format_seconds)
     rows += [
         ("step time", between(step["low_s"], step["time_s"], step["high_s"], format_seconds)),
-        ("throughput", f"{t['tokens_per_s']:,.0f} tokens/s" + (f", MFU {t['mfu']:.1%}" if t["mfu"] else "")),
-        ("run", f"{run['steps']:,} steps, {format_count(run['tokens'])} tokens, {format_seconds(run['time_s'])}"),
+        ("throughput", f"{speed} tokens/s" + (f", MFU {t['mfu']:.1%}" if t["mfu"] else "")),
+        ("run", f"{steps:,} steps, {format_count(run['tokens'])} tokens, {duration}"),
     ]  # fmt: skip
     cost = run["cost_usd"]
     if cost is None:
