@@ -150,10 +150,12 @@ def budget_rows(job: Job, cluster: Cluster, step_s: float | None) -> list[tuple[
             text = f"{budget}: cannot be compared, the step time is unknown"
         else:
             held = int(limit_s / step_s)
-            text = f"{budget} holds about {held:,} steps of {job.steps:,}"
-            text += ", set-up, evaluation and saves not counted"
+            text = f"{budget} holds about {held:,} steps"
             if held < job.steps:
-                text += ": THE RUN WILL STOP AT THE BUDGET"
+                text += f" of {job.steps:,}: THE RUN WILL STOP AT THE BUDGET"
+            else:
+                text += f", the run has {job.steps:,}"
+            text += " (set-up, evaluation and saves not counted)"
         rows.append(("budget", text))
     return rows
 

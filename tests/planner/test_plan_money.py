@@ -60,6 +60,7 @@ def test_a_plan_says_when_its_budget_ends_it(cpu_cluster: Cluster, tiny_job: Job
     assert "STOP AT THE BUDGET" in text
     ((_, text),) = budget_rows(job, cpu_cluster, 0.01)
     assert "STOP" not in text
+    assert "the run has 100" in text
     free = dataclasses.replace(cpu_cluster, price_usd_per_h=None)
     money = dataclasses.replace(job, budget=(Budget.parse("1usd"),))
     ((_, text),) = budget_rows(money, free, 1.0)
