@@ -33,7 +33,6 @@ NOISE = 0.15
 FULL_WEIGHT = 4
 """A source with more rows than this adds as the square root of its size."""
 _DIFFERENCE = 1e-3
-LEVELS = ("spread", "architecture", "accelerator")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,7 +219,7 @@ def express(row: Mapping[str, str], *, machine: Cluster | None = None) -> Case:
     spec = case_spec(row, software)
     strategy = _strategy(row, software, dp, zero)
     precision = (row.get("precision") or "bf16").strip()
-    seq_len = count(row, "seq_len", min(2048, spec.max_positions)) or 2048
+    seq_len = count(row, "seq_len", min(2048, spec.max_positions or 2048)) or 2048
     job = Job(
         model=spec.name, seq_len=seq_len, global_batch=strategy.global_batch, steps=1,
         precision=precision,  # type: ignore[arg-type]

@@ -136,7 +136,8 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
         if file.seq_len is not None
         else default(
             "seq_len",
-            min(DEFAULT_SEQ_LEN, spec.max_positions),
+            # 0 positions: the config sets no limit (BLOOM, T5)
+            min(DEFAULT_SEQ_LEN, spec.max_positions or DEFAULT_SEQ_LEN),
             f"at most {DEFAULT_SEQ_LEN} and the model's positions",
         )
     )

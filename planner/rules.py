@@ -157,13 +157,23 @@ def expert_parallel_divides(c: Candidates, x: Context) -> Array:
 
 
 @_rule(
-    "fp16_needs_gpu",
+    "precision_runs_on_cpu",
     "deepspeed",
-    "accelerator/cpu_accelerator.py: is_fp16_supported is false; engine.py raises",
-    lambda s, x: "fp16 does not run on CPU: use fp32 or bf16",
+    "accelerator/cpu_accelerator.py: is_fp16_supported is false; tf32 and fp8 are GPU formats",
+    lambda s, x: f"{x.job.precision} does not run on CPU: use fp32 or bf16",
 )
-def fp16_needs_gpu(c: Candidates, x: Context) -> Array:
-    return np.full(len(c), x.job.precision == "fp16" and x.cluster.kind == "cpu")
+def precision_runs_on_cpu(c: Candidates, x: Context) -> Array:
+    return np.full(len(c), x.cluster.kind == "cpu" and x.job.precision not in ("fp32", "bf16"))
+
+
+@_rule(
+    "flash_needs_gpu",
+    "runner",
+    "the flash-attn package has no CPU kernels; sdpa has a fused one of its own",
+    lambda s, x: "attention flash does not run on CPU: use sdpa",
+)
+def flash_needs_gpu(c: Candidates, x: Context) -> Array:
+    return np.full(len(c), x.cluster.kind == "cpu" and x.job.attention == "flash")
 
 
 @_rule(
@@ -236,6 +246,31 @@ def runner_does_not_yet(c: Candidates, x: Context) -> Array:
         | (c.offload_optimizer > 0) | (c.offload_param > 0)
         | (c.activation_checkpointing == 1) | (c.recompute_layers >= 0) | (c.loss > 0)
     )  # fmt: skip
+
+
+PIPELINE_FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+"""Families that runner/pipeline.py cuts into stages; a test compares the two lists."""
+
+
+@_rule(
+    "runner_trains_causal_models",
+    "runner",
+    "the runner's one objective is causal language modelling",
+    lambda s, x: f"outlay run trains causal language models only; {x.spec.family} is none",
+)
+def runner_trains_causal_models(c: Candidates, x: Context) -> Array:
+    causal = all(block.attention.causal for block in x.spec.blocks)
+    return np.full(len(c), x.spec.encoder_decoder or not causal or not x.spec.has_head)
+
+
+@_rule(
+    "runner_pipelines_its_families",
+    "runner",
+    "runner/pipeline.py knows the layout of " + ", ".join(PIPELINE_FAMILIES),
+    lambda s, x: f"outlay run does not cut {x.spec.family} into pipeline stages yet (pp {s.pp})",
+)
+def runner_pipelines_its_families(c: Candidates, x: Context) -> Array:
+    return np.asarray((c.pp > 1) & (x.spec.family not in PIPELINE_FAMILIES))
 
 
 def allowed(

@@ -18,9 +18,6 @@ from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import NotFeasible, UsageError
 from outlay.profiles.units import format_bytes, format_seconds
 
-SEARCHED = ("zero", "pp", "micro_batch", "activation_checkpointing")
-"""The axes; a value that the user fixed replaces its axis."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:

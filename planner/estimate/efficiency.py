@@ -30,6 +30,10 @@ class Figure:
     """measured | fitted | published | derived | guess."""
     source: str
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise FileError(f"kind is {self.kind!r}, one of {', '.join(KINDS)} was expected")
+
 
 class Efficiency(Mapping[str, float]):
     """Name → expected value; `figure(name)` has the interval and the source. Remembers what was read."""

@@ -10,6 +10,7 @@ import pytest
 from outlay.planner.hardware import resolve_hardware
 from outlay.planner.jobs import JobFile, default_precision, merge, read_job_file, resolve_job
 from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.families import resolve_model
 from outlay.planner.spec.files import to_yaml
 from outlay.planner.spec.model import ModelSpec
 from outlay.profiles.errors import OutlayError, UnknownName, UsageError
@@ -125,3 +126,9 @@ def test_precision_follows_what_was_measured(cpu_cluster: Cluster) -> None:
     assert cpu_cluster.rates is not None
     fast = dataclasses.replace(cpu_cluster.rates, gemm_flops={"fp32": 1e11, "bf16": 4e11})
     assert default_precision(dataclasses.replace(cpu_cluster, rates=fast))[0] == "bf16"
+
+
+def test_a_model_without_a_limit_of_positions_has_a_default_length(cpu_cluster: Cluster) -> None:
+    spec, _ = resolve_model("bloom-560m")
+    assert spec.max_positions == 0
+    assert resolve_job(JobFile(model="m"), spec, cpu_cluster).job.seq_len == 2048

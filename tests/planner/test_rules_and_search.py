@@ -15,6 +15,7 @@ from outlay.planner.estimate.interval import TIGHT_RISK
 from outlay.planner.rules import RULES, Context, allowed, broken
 from outlay.planner.search import alternatives, candidates_for, divisors, search
 from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.families import resolve_model
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.strategy import Strategy
@@ -58,7 +59,7 @@ def test_each_rule_forbids_and_explains(name: str, context: Context) -> None:
 
 def test_rules_of_job_and_hardware(context: Context) -> None:
     fp16 = dataclasses.replace(context, job=dataclasses.replace(context.job, precision="fp16"))
-    assert [r.name for r, _ in broken(FINE, fp16)] == ["fp16_needs_gpu"]
+    assert [r.name for r, _ in broken(FINE, fp16)] == ["precision_runs_on_cpu"]
     tpu = dataclasses.replace(context.cluster.accelerator, deepspeed=False)
     elsewhere = dataclasses.replace(
         context, cluster=dataclasses.replace(context.cluster, accelerator=tpu)
@@ -70,10 +71,28 @@ def test_rules_of_job_and_hardware(context: Context) -> None:
     assert [r.name for r, _ in broken(FINE, learned)] == ["sequence_fits_positions"]
 
 
+def test_what_the_runner_cannot_do_is_not_recommended(context: Context) -> None:
+    flash = dataclasses.replace(context, job=dataclasses.replace(context.job, attention="flash"))
+    assert [r.name for r, _ in broken(FINE, flash)] == ["flash_needs_gpu"]
+    encoder, _ = resolve_model("bert-base-uncased")
+    seq2seq, _ = resolve_model("t5-small")
+    for spec in (encoder, seq2seq):
+        names = [r.name for r, _ in broken(FINE, dataclasses.replace(context, spec=spec))]
+        assert names == ["runner_trains_causal_models"]
+    staged = dataclasses.replace(FINE, zero=0, dp=1, pp=2, grad_accum=4)
+    opt = dataclasses.replace(context, spec=resolve_model("opt-125m")[0])
+    assert [r.name for r, _ in broken(staged, opt)] == ["runner_pipelines_its_families"]
+    assert broken(FINE, opt) == []
+
+
 def test_every_rule_is_tested_and_has_evidence() -> None:
     names = [rule.name for rule in RULES]
     assert len(set(names)) == len(names)
-    tested = {*BROKEN, "fp16_needs_gpu", "deepspeed_runs_there", "sequence_fits_positions"}
+    of_job_and_hardware = {
+        "precision_runs_on_cpu", "deepspeed_runs_there", "sequence_fits_positions",
+        "flash_needs_gpu", "runner_trains_causal_models", "runner_pipelines_its_families",
+    }  # fmt: skip
+    tested = {*BROKEN, *of_job_and_hardware}
     assert set(names) == tested
     assert all(len(rule.evidence) > 10 for rule in RULES)
 

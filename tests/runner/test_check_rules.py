@@ -73,3 +73,10 @@ def test_a_run_that_is_done_is_not_resumed(plan: Plan, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "already done" in result.output
     assert folder.read_attempts().attempts == ()
+
+
+def test_the_planner_recommends_the_pipelines_that_the_runner_knows() -> None:
+    from outlay.planner.rules import PIPELINE_FAMILIES
+    from outlay.runner.pipeline import LAYOUTS
+
+    assert sorted(LAYOUTS) == list(PIPELINE_FAMILIES)
