@@ -125,12 +125,15 @@ def run(
         )
         return
     if measure_memory:
+        from outlay.profiles.units import format_bytes
         from outlay.runner.memory_probe import run_memory_probe
 
         check_machine(plan, here)
         readings = run_memory_probe(plan)
         click.echo(
-            "peak memory measured: " + ", ".join(str(r.growth_bytes) for r in readings), err=True
+            "peak memory measured, by rank: "
+            + ", ".join(f"{format_bytes(r.growth_bytes)} ({r.kind})" for r in readings),
+            err=True,
         )
     outcome = run_plan(plan, Path(run_dir), here=here, started_s=started_s, quiet=quiet)
     _show_outcome(outcome)
