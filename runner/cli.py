@@ -1,7 +1,7 @@
 """The `outlay` command: a lazy group over planner's and runner's commands.
 
-`outlay --help` imports neither torch nor pandas: the table below has every command's name, module
-and first line; a test compares it with the commands themselves.
+`outlay --help` imports neither torch nor pandas: the table below has every command's name, the module
+that has a command of that name, and its first line; a test compares it with the commands themselves.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import click
 from outlay.profiles.errors import OutlayError
 
 COMMANDS = {
-    "probe": ("outlay.runner.commands.probe:probe", "What is in this machine."),
-    "estimate": ("outlay.planner.cli:estimate", "Memory, time and cost of one strategy, each with its interval."),
-    "plan": ("outlay.planner.cli:plan", "Search the strategies, choose the fastest that fits, and write plan.yaml."),
-    "emit": ("outlay.planner.cli:emit", "Write a plan in the format that another program reads."),
-    "run": ("outlay.runner.commands.run:run", "Train as a plan says, within its budget."),
-    "resume": ("outlay.runner.commands.run:resume", "Continue a run from its newest checkpoint that verifies."),
-    "verify": ("outlay.runner.commands.run:verify", "Check a run's checkpoints, or one, against their manifests."),
-    "status": ("outlay.runner.commands.run:status", "How a run stands: last step, what it has spent, how it ended."),
-    "data": ("outlay.runner.commands.data:data", "Prepare text for training, and look at it."),
-    "compare": ("outlay.runner.commands.compare:compare", "Predicted against measured, for a run."),
-    "catalog": ("outlay.planner.cli:catalog", "Accelerators and models that outlay knows."),
-    "demo": ("outlay.runner.commands.demo:demo", "The whole way on this machine: probe, plan, train, compare."),
+    "probe": ("runner.commands.probe", "What is in this machine."),
+    "estimate": ("planner.commands.estimate", "Memory, time and cost of one strategy, each with its interval."),
+    "plan": ("planner.commands.plan", "Search the strategies, choose the fastest that fits, and write plan.yaml."),
+    "emit": ("planner.commands.emit", "Write a plan in the format that another program reads."),
+    "run": ("runner.commands.run", "Train as a plan says, within its budget."),
+    "resume": ("runner.commands.run", "Continue a run from its newest checkpoint that verifies."),
+    "verify": ("runner.commands.run", "Check a run's checkpoints, or one, against their manifests."),
+    "status": ("runner.commands.run", "How a run stands: last step, what it has spent, how it ended."),
+    "data": ("runner.commands.data", "Prepare text for training, and look at it."),
+    "compare": ("runner.commands.compare", "Predicted against measured, for a run."),
+    "catalog": ("planner.commands.catalog", "Accelerators and models that outlay knows."),
+    "demo": ("runner.commands.demo", "The whole way on this machine: probe, plan, train, compare."),
 }  # fmt: skip
 
 
@@ -38,8 +38,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, attribute = COMMANDS[cmd_name][0].split(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        module = importlib.import_module(f"outlay.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -190,6 +190,6 @@ def compare(run_dir: str, format_: str) -> None:
             nl=False,
         )  # fmt: skip
         return
-    from outlay.planner.cli import console
+    from outlay.planner.commands.question import console
 
     print_comparison(console(), rows)

@@ -90,7 +90,7 @@ def demo(folder: str, minutes: float, money: float, price_usd_per_h: float, seed
     Trains a small Llama on the source of Python's standard library, within a budget of minutes and
     of money, on every GPU or on two CPU processes. Downloads nothing.
     """
-    from outlay.planner.cli import console
+    from outlay.planner.commands.question import console
     from outlay.runner.commands.run import require_run_extra
 
     require_run_extra()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from outlay.planner.cli import console, emit_text
+from outlay.planner.commands.question import console, emit_text
 from outlay.planner.options import format_option
 from outlay.planner.probe import probe as probe_machine
 from outlay.planner.spec.cluster import Cluster

@@ -1,0 +1,1 @@
+"""planner's commands, one module each; `outlay.runner.cli` joins them."""

@@ -1,0 +1,79 @@
+"""`outlay plan`: search, choose, write plan.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from outlay.planner.commands.question import Question, console
+from outlay.planner.options import (
+    as_integers,
+    format_option,
+    job_options,
+    model_options,
+    split_strategy,
+    strategy_options,
+)
+
+if TYPE_CHECKING:
+    from outlay.planner.spec.plan import Plan
+
+
+@click.command()
+@click.argument("job_file", required=False)
+@model_options
+@job_options
+@strategy_options
+@format_option("table", "json")
+@click.option("--out", default="plan.yaml", show_default=True, help="The plan file.")
+@click.option("--dry-run", is_flag=True, help="Write nothing.")
+def plan(job_file: str | None, format_: str, out: str, dry_run: bool, **flags: Any) -> None:
+    """Search the strategies, choose the fastest that fits, and write plan.yaml."""
+    from outlay.planner.spec.files import to_json, to_yaml, write_text
+
+    flags, given = split_strategy(flags)
+    q = Question(job_file, flags)
+    made = _planned(q, given)
+    held = _steps_in_budget(q, made)
+    if held is not None:
+        q.job = dataclasses.replace(q.job, steps=held)
+        source = "what the budget holds at the predicted speed; set-up and saves not counted"
+        q.assumptions = [a for a in q.assumptions if a["what"] not in ("steps", "tokens")]
+        q.assumptions.append({"what": "steps", "value": held, "source": source})
+        made = _planned(q, given)
+    if not dry_run:
+        write_text(out, to_yaml(made))
+    if format_ == "json":
+        click.echo(to_json(made), nl=False)
+        return
+    from outlay.planner.report.terminal import print_plan
+
+    print_plan(console(), made, out=None if dry_run else out)
+
+
+def _planned(q: Question, given: dict[str, Any]) -> Plan:
+    from outlay.planner.planning import make_plan
+
+    return make_plan(
+        q.spec,
+        q.config,
+        q.job,
+        q.cluster,
+        fixed=as_integers(given),
+        assumptions=q.assumptions,
+        weights=q.weights,
+    )
+
+
+def _steps_in_budget(q: Question, made: Plan) -> int | None:
+    """How many steps the smallest budget holds, where nobody said how long to train; else null."""
+    from outlay.planner.cost import budget_s
+
+    defaulted = any(a["what"] in ("steps", "tokens") for a in q.assumptions)
+    limits = [s for b in q.job.budget if (s := budget_s(b, q.cluster)) is not None]
+    if not defaulted or not limits or made.estimate["step"] is None:
+        return None
+    held = max(1, int(min(limits) / float(made.estimate["step"]["time_s"])))
+    return held if held < q.job.steps else None
