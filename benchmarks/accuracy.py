@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from benchmarks.accuracy_time import time_section, write_table
 from outlay.planner.cases import evaluate_case, express, read_rows
 from outlay.planner.estimate.candidates import Array
 from outlay.planner.estimate.efficiency import efficiency_for
@@ -275,7 +276,8 @@ def main(path: Path, fit_figures: bool) -> None:
         write_figures(rows)
         click.echo("written; run again without --fit to score what was written", err=True)
         return
-    lines = [HEAD, *memory_section(rows)]
+    write_table()
+    lines = [HEAD, *memory_section(rows), *time_section(path)]
     write_text(PAGE, "\n".join(lines) + "\n")
     click.echo("\n".join(lines))
 

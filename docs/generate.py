@@ -71,7 +71,7 @@ def formats_reference() -> str:
         + "# File formats\n\nFiles are YAML or JSON and carry `schema`. Unknown keys are refused.\n"
     ]
     for kind in (
-        jobs.JobFile, plan.Plan, plan.ModelSource, plan.Alternative, job.Job, job.Budget, job.Optimizer,
+        jobs.JobFile, plan.Plan, plan.ModelSource, plan.Alternative, plan.Gain, job.Job, job.Budget, job.Optimizer,
         job.Schedule, job.Data, strategy.Strategy, cluster.Cluster, cluster.Link, cluster.Host, cluster.Gpu,
         cluster.Rates, measurement.Measurement, measurement.Event, measurement.Outcome,
     ):  # fmt: skip
@@ -99,26 +99,33 @@ def rules_reference() -> str:
 
 
 README = Path(__file__).parent.parent / "README.md"
+GUIDES = Path(__file__).parent / "guides"
 _BLOCK = re.compile(r"^```\n\$ (outlay (?:[^\n]*\\\n)*[^\n]*)\n(.*?)^```$", re.M | re.S)
 
 
-def readme() -> str:
-    """README with the output of each `$ outlay …` block as the command prints it now."""
+def refreshed(page: Path) -> str:
+    """A page with the output of each `$ outlay …` block as the command prints it now."""
     import shlex
     import tempfile
 
     from click.testing import CliRunner
 
+    from outlay.profiles.errors import OutlayError
     from outlay.runner.cli import cli
 
     def run(match: re.Match[str]) -> str:
         args = shlex.split(match[1].replace("\\\n", " "))[1:]
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            result = CliRunner().invoke(cli, args, catch_exceptions=False)
+            result = CliRunner().invoke(cli, args)
+        if result.exception and not isinstance(result.exception, OutlayError | SystemExit):
+            raise result.exception
         lines = [line.rstrip() for line in result.output.rstrip().splitlines()]
+        if isinstance(result.exception, OutlayError):
+            # As the entry point says it (runner/cli.py): a refusal is an answer too.
+            lines += f"error: {result.exception.message()}".splitlines()
         return f"```\n$ {match[1]}\n" + "\n".join(lines) + "\n```"
 
-    return _BLOCK.sub(run, README.read_text(encoding="utf-8"))
+    return _BLOCK.sub(run, page.read_text(encoding="utf-8"))
 
 
 PAGES = {"cli.md": cli_reference, "formats.md": formats_reference, "rules.md": rules_reference}
@@ -128,5 +135,6 @@ if __name__ == "__main__":
     for name, make in PAGES.items():
         (REFERENCE / name).write_text(make(), encoding="utf-8")
         click.echo(f"wrote docs/reference/{name}")
-    README.write_text(readme(), encoding="utf-8")
-    click.echo("wrote README.md")
+    for page in (README, *sorted(GUIDES.glob("*.md"))):
+        page.write_text(refreshed(page), encoding="utf-8")
+        click.echo(f"wrote {page.name}")

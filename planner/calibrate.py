@@ -28,7 +28,7 @@ from outlay.profiles.errors import FileError, OutlayError
 from outlay.profiles.loader import read_yaml
 
 SCHEMA_PRIORS = "outlay/priors@1"
-NOISE = 0.15
+NOISE = 0.10
 """Relative width of one measurement's error, model error included."""
 FULL_WEIGHT = 4
 """A source with more rows than this adds as the square root of its size."""

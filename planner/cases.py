@@ -155,12 +155,14 @@ def _strategy(row: Mapping[str, str], software: Software, dp: int, zero: int) ->
 
 def _attention(row: Mapping[str, str], software: Software) -> str:
     """As the row says. Where it does not: flash, but in Megatron up to EAGER_SEQ_LEN tokens eager where
-    the column is empty, or where selective recomputation makes sense only of eager attention."""
+    the column is empty, where selective recomputation makes sense only of eager attention, or where T5
+    adds relative positions to the scores, which flash attention did not take."""
     word = (row.get("attention") or "").strip()
     if word in ("eager", "sdpa", "flash"):
         return word
     seq_len = count(row, "seq_len", 2048) or 2048
-    older = not word or (row.get("activation_checkpointing") or "").strip() == "selective"
+    selective = (row.get("activation_checkpointing") or "").strip() == "selective"
+    older = not word or selective or (row.get("arch") or "").strip() == "t5"
     return (
         "eager" if software.family == "megatron" and seq_len <= EAGER_SEQ_LEN and older else "flash"
     )

@@ -175,19 +175,23 @@ def cluster_of(a: Accelerator, *, gpus: int, per_node: int, interconnect: str) -
         if a.pcie_bytes_per_s and a.pcie_bytes_per_s >= float(rate):
             each = float(known)
     gbps, source = each * per_node, f"guess: {assumed['source']}"
-    if "omni-path" in interconnect.lower():
+    omni_path = "omni-path" in interconnect.lower()
+    if omni_path:
         gbps, source = float(port["gbps_a_port"] * port["ports_a_node"]), str(port["source"])
     elif match := _NETWORK.search(interconnect):
         each = float(match[2])
         node_total = each * int(match[1]) if match[1] else each * (1 if match[3] else per_node)
         gbps, source = node_total, interconnect
+    inter = _inter_link(gbps, per_node, nodes, source)
+    if inter is not None and omni_path:
+        inter = dataclasses.replace(inter, kind="omni-path")
     return Cluster(
         accelerator=a,
         nodes=nodes,
         ranks_per_node=per_node,
         usable_bytes=usable,
         intra=_intra_link(a, per_node),
-        inter=_inter_link(gbps, per_node, nodes, source),
+        inter=inter,
         source="case",
         notes=notes,
     )

@@ -117,6 +117,16 @@ def pipeline_without_zero_2(c: Candidates, x: Context) -> Array:
 
 
 @_rule(
+    "pipeline_without_ulysses",
+    "deepspeed",
+    "__init__.py:582 (mpu must be None with a pipeline; Ulysses is passed as mpu)",
+    lambda s, x: f"sp {s.sp} with pp {s.pp}: DeepSpeed's pipeline takes no Ulysses group",
+)
+def pipeline_without_ulysses(c: Candidates, x: Context) -> Array:
+    return np.asarray((c.pp > 1) & (c.sp > 1))
+
+
+@_rule(
     "tensor_parallel_divides_heads",
     "deepspeed",
     "module_inject/auto_tp.py: attention heads are split whole",

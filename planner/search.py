@@ -1,4 +1,8 @@
-"""Enumerate strategies → rules → estimate → rank → explain."""
+"""Enumerate strategies → rules → memory → time → rank → explain.
+
+Memory comes before time: what would run out of memory with more than 5 % probability is dropped before
+any second is computed, which changes nothing of the answer (tested against brute force).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from outlay.planner.estimate.candidates import Array, Candidates
-from outlay.planner.estimate.estimator import Estimates, evaluate
+from outlay.planner.estimate.estimator import Estimates, evaluate_memory, with_step
 from outlay.planner.estimate.interval import TIGHT_RISK, VERDICTS
-from outlay.planner.rules import Context, allowed, broken
+from outlay.planner.estimate.parameters import parameter_counts
+from outlay.planner.estimate.states import MOMENTS
+from outlay.planner.rules import RULES, Context, Rule, broken
+from outlay.planner.space import (
+    TARGETS,
+    Target,
+    candidates_for,
+    divisors,
+    host_bytes_a_node,
+    spread_of,
+)
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
@@ -18,95 +32,142 @@ from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import NotFeasible, UsageError
 from outlay.profiles.units import format_bytes, format_seconds
 
+__all__ = ["SearchResult", "alternatives", "candidates_for", "divisors", "explain", "search"]
+
+TIE = 0.005
+"""Step times nearer than that (relative) are taken as equal: then the one that leaves more memory wins."""
+_REFUSED_TIMED = 256
+"""How many of those that do not fit, the smallest first, are timed for the table of alternatives."""
+RUNNER_LACKS = "runner_does_not_yet"
+OTHERS = "`--for deepspeed` or `--for megatron`"
+_PLAIN = {"zero", "dp", "pp", "micro_batch", "grad_accum", "activation_checkpointing"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """Legal candidates, estimated; `order` lists those that fit, best first."""
+    """Candidates that fit, and the smallest that do not, estimated; `order` lists those that fit, best first."""
 
     estimates: Estimates
     order: Array
     considered: int
+    """All strategies that close over the ranks and the batch."""
+    legal: int
+    """Of these, what no rule of the target forbids."""
+    target: Target = TARGETS["runner"]
 
     @property
     def best(self) -> Strategy:
         return self.estimates.candidates.strategy(int(self.order[0]))
 
-
-def divisors(n: int) -> list[int]:
-    """All divisors, ascending."""
-    return [d for d in range(1, n + 1) if n % d == 0] if n < 4096 else _divisors_large(n)
-
-
-def _divisors_large(n: int) -> list[int]:
-    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
-
-
-def candidates_for(job: Job, cluster: Cluster, fixed: dict[str, int]) -> Candidates:
-    """The whole space: dp and grad_accum follow from world and batch. ZeRO > 0 needs dp > 1."""
-    axes = {
-        "zero": [0, 1, 2, 3],
-        "pp": divisors(cluster.ranks),
-        "micro_batch": divisors(job.global_batch),
-        "activation_checkpointing": [0, 2],
-    }
-    axes |= {k: [v] for k, v in fixed.items() if k not in ("dp", "grad_accum")}
-    c = Candidates.grid(**axes)
-    model_parallel = c.tp * c.pp * c.cp * c.sp
-    dp = cluster.ranks // model_parallel
-    accum = job.global_batch // np.maximum(c.micro_batch * dp, 1)
-    c = Candidates(**(_columns(c) | {"dp": dp, "grad_accum": accum}))
-    keep = (c.dp >= 1) & (c.micro_batch * accum * dp == job.global_batch)
-    keep &= (c.zero == 0) | (c.dp > 1) | ("zero" in fixed)
-    for key in ("dp", "grad_accum"):
-        if key in fixed:
-            keep &= getattr(c, key) == fixed[key]
-    return c.take(keep)
-
-
-def _columns(c: Candidates) -> dict[str, Array]:
-    return {name: getattr(c, name) for name in Candidates.__dataclass_fields__}
+    @property
+    def best_index(self) -> int:
+        return int(self.order[0])
 
 
 def search(
-    spec: ModelSpec, job: Job, cluster: Cluster, fixed: dict[str, int] | None = None
+    spec: ModelSpec,
+    job: Job,
+    cluster: Cluster,
+    fixed: dict[str, int] | None = None,
+    *,
+    target: Target = TARGETS["runner"],
 ) -> SearchResult:
     """Best strategy first. Raises NotFeasible where nothing is legal or nothing fits."""
-    context = Context(spec=spec, job=job, cluster=cluster)
-    space = candidates_for(job, cluster, fixed or {})
-    legal = space.take(allowed(space, context)) if len(space) else space
+    fixed = fixed or {}
+    legal, considered = candidates_for(spec, job, cluster, fixed, target=target)
     if not len(legal):
-        raise _nothing_legal(space, context, fixed or {})
-    estimates = evaluate(spec, job, cluster, legal)
+        raise _nothing_legal(spec, job, cluster, fixed, target)
+    memory = in_memory(spec, job, cluster, legal, target)
+    fits = memory.risk <= TIGHT_RISK
+    if not fits.any():
+        raise _nothing_fits(memory, cluster)
+    refused = np.flatnonzero(~fits)
+    refused = refused[np.argsort(memory.memory.device[refused], kind="stable")][:_REFUSED_TIMED]
+    kept = np.concatenate([np.flatnonzero(fits), refused])
+    estimates = with_step(
+        spec, job, cluster, memory.take(kept), software=target.software_on(cluster)
+    )
     if estimates.step is None:
         raise UsageError(
             f"no speed is known for {cluster.accelerator.name} in {job.precision}, so strategies cannot be ranked",
             do="measure it: `outlay probe --measure --out cluster.yaml`, then `--hardware cluster.yaml`",
         )
-    fits = np.flatnonzero(estimates.risk <= TIGHT_RISK)
-    if not fits.size:
-        raise _nothing_fits(estimates, cluster)
-    # Fastest first; of those within half a per cent, the one that leaves more memory.
-    seconds = np.round(np.log(estimates.step.time_s[fits]) / 0.005)
-    order = fits[np.lexsort((estimates.memory.device[fits], seconds))]
-    return SearchResult(estimates=estimates, order=order, considered=len(space))
+    return SearchResult(
+        estimates=estimates, order=ranked(estimates, int(fits.sum())), considered=considered,
+        legal=len(legal), target=target,
+    )  # fmt: skip
+
+
+def in_memory(
+    spec: ModelSpec, job: Job, cluster: Cluster, c: Candidates, target: Target
+) -> Estimates:
+    """Memory and its risk; what offloads more than the host has carries a risk of 1."""
+    e = evaluate_memory(spec, job, cluster, c, software=target.software_on(cluster))
+    ram = cluster.host.ram_bytes if cluster.host is not None else None
+    if ram is not None and cluster.kind != "cpu" and bool((c.offload_optimizer > 0).any()):
+        need = host_bytes_a_node(
+            parameter_counts(spec).total, c, cluster.ranks_per_node, moment_bytes(job)
+        )
+        e.risk[need > ram] = 1.0
+        e.verdict[need > ram] = VERDICTS.index("no")
+    return e
+
+
+def moment_bytes(job: Job) -> float:
+    """Optimizer state a parameter beside master weights."""
+    return MOMENTS.get(job.optimizer.name, 8)
+
+
+def ranked(e: Estimates, fitting: int) -> Array:
+    """The first `fitting` candidates, fastest first; within half a per cent, less memory first, then the
+    plainer one."""
+    assert e.step is not None
+    seconds = e.step.time_s[:fitting]
+    tied = np.floor(np.log(seconds / seconds.min()) / TIE)
+    c = e.candidates
+    return np.lexsort((
+        c.offload_param[:fitting], c.offload_optimizer[:fitting], c.loss[:fitting],
+        e.memory.device[:fitting], tied,
+    ))  # fmt: skip
+
+
+def fewest_broken(space: Candidates, x: Context, target: Target) -> list[tuple[Rule, str]]:
+    """The rules that the nearest candidate breaks: the one that breaks the fewest."""
+    if not len(space):
+        return []
+    rules = [rule for rule in RULES if rule.kind in target.kinds]
+    count = np.sum([rule.forbids(space, x) for rule in rules], axis=0)
+    return broken(space.strategy(int(np.argmin(count))), x, kinds=target.kinds)
 
 
 def _nothing_legal(
-    space: Candidates, x: Context, fixed: dict[str, int]
+    spec: ModelSpec, job: Job, cluster: Cluster, fixed: dict[str, int], target: Target
 ) -> UsageError | NotFeasible:
-    ranks, batch = x.cluster.ranks, x.job.global_batch
-    if not len(space):
+    x = Context(spec=spec, job=job, cluster=cluster)
+    space = spread_of(spec, job, cluster, fixed, target)
+    ranks, batch = cluster.ranks, job.global_batch
+    least = fewest_broken(space, x, target)
+    only_others = bool(least) and least[0][0].name == RUNNER_LACKS and not set(fixed) - _PLAIN
+    if not len(space) or only_others:
         return UsageError(
             f"no strategy closes: {ranks} ranks, global batch {batch}"
             + "".join(f", {k} {v}" for k, v in fixed.items()),
             why="world = dp·tp·pp·cp·sp, and global_batch = micro_batch·grad_accum·dp",
-            do=f"use a global batch that {ranks} divides, or another number of ranks",
+            do=f"use a global batch that {ranks} divides, or another number of ranks"
+            + (f", or plan for another trainer ({OTHERS})" if only_others else ""),
         )
-    rule, message = broken(space.strategy(0), x)[0]
+    if not least:
+        return UsageError(
+            "no micro-batch closes"
+            + "".join(f", {k} {v}" for k, v in fixed.items())
+            + f" for global batch {batch}",
+            why="global_batch = micro_batch·grad_accum·dp",
+        )
+    rule, message = least[0]
     return NotFeasible(
-        f"all {len(space)} strategies break a rule; the first: {message}",
-        why=f"{rule.name}: {rule.evidence}",
+        f"all {len(space)} strategies break a rule; the nearest: {message}",
+        why=f"{rule.name} ({rule.kind}): {rule.evidence}",
+        do=f"{OTHERS} plans for another trainer" if rule.kind == "runner" else "",
     )
 
 
@@ -126,7 +187,7 @@ def _nothing_fits(e: Estimates, cluster: Cluster) -> NotFeasible:
 
 def explain(result: SearchResult, cluster: Cluster, i: int) -> str:
     """Why candidate `i` lost against the best: how much slower, mostly in which part."""
-    e, best = result.estimates, int(result.order[0])
+    e, best = result.estimates, result.best_index
     if e.risk[i] > TIGHT_RISK:
         return (
             f"{VERDICTS[int(e.verdict[i])]}: needs {format_bytes(float(e.memory.device[i]))} "
@@ -136,12 +197,34 @@ def explain(result: SearchResult, cluster: Cluster, i: int) -> str:
     assert e.step is not None
     times, parts = e.step.time_s, e.step.parts
     slower = float(times[i] / times[best] - 1)
-    if slower < 0.005:
+    if slower < TIE:
         more = format_bytes(float(e.memory.device[i] - e.memory.device[best]))
         return f"as fast within 0.5 %, {more} more memory"
     part, values = max(parts.items(), key=lambda kv: float(kv[1][i] - kv[1][best]))
     extra = float(values[i] - values[best])
     return f"{slower:.1%} slower, mostly {part.replace('_', ' ')} (+{format_seconds(extra)} a step)"
+
+
+def _unlike(result: SearchResult, count: int) -> list[int]:
+    """The next best, leaving out what takes the same time and memory as one already listed (a loss or an
+    offload that changes nothing)."""
+    e = result.estimates
+    assert e.step is not None
+    rows: list[int] = []
+    seen = {
+        (
+            round(float(e.step.time_s[result.best_index]), 9),
+            round(float(e.memory.device[result.best_index])),
+        )
+    }
+    for i in result.order[1:]:
+        key = (round(float(e.step.time_s[i]), 9), round(float(e.memory.device[i])))
+        if key not in seen:
+            seen.add(key)
+            rows.append(int(i))
+        if len(rows) == count:
+            break
+    return rows
 
 
 def alternatives(
@@ -150,8 +233,8 @@ def alternatives(
     """The next best that fit; then, of those that would be faster but do not fit, the smallest."""
     e = result.estimates
     assert e.step is not None
-    others = [int(i) for i in result.order[1 : count + 1]]
-    fastest = float(e.step.time_s[int(result.order[0])])
+    others = _unlike(result, count)
+    fastest = float(e.step.time_s[result.best_index])
     refused = np.flatnonzero((e.risk > TIGHT_RISK) & (e.step.time_s < fastest))
     refused = refused[np.argsort(e.memory.device[refused])][:3]
     rows = []

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from docs.generate import PAGES, README, readme  # noqa: E402
+from docs.generate import PAGES, README, refreshed  # noqa: E402
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -22,7 +22,7 @@ def test_the_reference_is_what_the_code_says(name: str) -> None:
 def test_readme_shows_what_its_commands_print() -> None:
     text = README.read_text()
     assert text.count("$ outlay") >= 2
-    assert text == readme(), "run `make docs`"
+    assert text == refreshed(README), "run `make docs`"
 
 
 PAGES_OF_PROSE = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,7 @@ from outlay.planner.options import (
     split_strategy,
     strategy_options,
 )
+from outlay.planner.size.chosen import OPTION, Chosen, chosen_of, deadline_s, target_option
 
 if TYPE_CHECKING:
     from outlay.planner.spec.plan import Plan
@@ -26,23 +28,36 @@ if TYPE_CHECKING:
 @model_options
 @job_options
 @strategy_options
+@target_option
+@click.option("--deadline", help="Refuse what would end later: 14d, 72h.")
 @format_option("table", "json")
 @click.option("--out", default="plan.yaml", show_default=True, help="The plan file.")
 @click.option("--dry-run", is_flag=True, help="Write nothing.")
-def plan(job_file: str | None, format_: str, out: str, dry_run: bool, **flags: Any) -> None:
-    """Search the strategies, choose the fastest that fits, and write plan.yaml."""
+def plan(
+    job_file: str | None, target: str, deadline: str | None, format_: str, out: str, dry_run: bool,
+    **flags: Any,
+) -> None:  # fmt: skip
+    """Search the strategies, choose the fastest that fits, and write plan.yaml.
+
+    JOB_FILE may be the letter of an option that `outlay size` printed: `outlay plan A`.
+    """
     from outlay.planner.spec.files import to_json, to_yaml, write_text
 
     flags, given = split_strategy(flags)
-    q = Question(job_file, flags)
-    made = _planned(q, given)
+    q: Question | Chosen
+    if job_file and OPTION.fullmatch(job_file) and not Path(job_file).exists():
+        q, target = chosen_of(job_file, flags, target)
+    else:
+        q = Question(job_file, flags)
+    limit_s = None if deadline is None else deadline_s(deadline)
+    made = _planned(q, given, target, limit_s)
     held = _steps_in_budget(q, made)
     if held is not None:
         q.job = dataclasses.replace(q.job, steps=held)
         source = "what the budget holds at the predicted speed; set-up and saves not counted"
         q.assumptions = [a for a in q.assumptions if a["what"] not in ("steps", "tokens")]
         q.assumptions.append({"what": "steps", "value": held, "source": source})
-        made = _planned(q, given)
+        made = _planned(q, given, target, limit_s)
     if not dry_run:
         write_text(out, to_yaml(made))
     if format_ == "json":
@@ -53,7 +68,9 @@ def plan(job_file: str | None, format_: str, out: str, dry_run: bool, **flags: A
     print_plan(console(), made, out=None if dry_run else out)
 
 
-def _planned(q: Question, given: dict[str, Any]) -> Plan:
+def _planned(
+    q: Question | Chosen, given: dict[str, Any], target: str, limit_s: float | None
+) -> Plan:
     from outlay.planner.planning import make_plan
 
     return make_plan(
@@ -64,10 +81,13 @@ def _planned(q: Question, given: dict[str, Any]) -> Plan:
         fixed=as_integers(given),
         assumptions=q.assumptions,
         weights=q.weights,
+        target=target,
+        deadline_s=limit_s,
+        with_gains=True,
     )
 
 
-def _steps_in_budget(q: Question, made: Plan) -> int | None:
+def _steps_in_budget(q: Question | Chosen, made: Plan) -> int | None:
     """How many steps the smallest budget holds, where nobody said how long to train; else null."""
     from outlay.planner.cost import budget_s
 

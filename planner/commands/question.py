@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """stdout; a pipe gets 100 columns and no colours."""
+    """stdout; a pipe gets 110 columns (or COLUMNS) and no colours."""
     from rich.console import Console
 
-    return Console(soft_wrap=False, width=None if sys.stdout.isatty() else 110)
+    known = sys.stdout.isatty() or bool(os.environ.get("COLUMNS"))
+    return Console(soft_wrap=False, width=None if known else 110)
 
 
 def emit_text(text: str, out: str | None) -> None:

@@ -71,23 +71,35 @@ def intra_bytes_per_s(cluster: Cluster, inside: Array, figures: Figures) -> Arra
     return np.asarray(rate * figures["communication.intra_fraction"])
 
 
+def inter_bytes_per_s(cluster: Cluster, figures: Figures) -> float | Array:
+    """One rank's share of the network, as collectives reach it; nan where the network is unknown."""
+    if cluster.inter is None:
+        return float("nan")
+    name = "omni_path_fraction" if cluster.inter.kind == "omni-path" else "inter_fraction"
+    return cluster.inter.bytes_per_s * figures[f"communication.{name}"]
+
+
 def group_bandwidth(cluster: Cluster, group: Group, figures: Figures) -> Array:
     """Bytes/s one way through each rank of the group; nan where the network is unknown."""
     intra = intra_bytes_per_s(cluster, group.inside, figures)
     if cluster.inter is None:
         return np.where(group.domains > 1, np.nan, intra)
-    inter = cluster.inter.bytes_per_s * figures["communication.inter_fraction"]
+    inter = inter_bytes_per_s(cluster, figures)
     per_node = np.minimum(group.inside, cluster.ranks_per_node)
     return np.where(group.domains > 1, np.minimum(intra, inter * per_node), intra)
 
 
-def _latency_s(cluster: Cluster, group: Group, figures: Figures) -> Array:
-    """Of one pass over the group: the ranks of a domain in a ring, the domains in a tree."""
+def _latency_s(cluster: Cluster, group: Group, figures: Figures, *, ring: bool = False) -> Array:
+    """Of one pass over the group: the ranks of a domain in a ring, the domains in a tree. A `ring` goes
+    through all ranks: NCCL has trees for all-reduce only (src/graph/tuning.cc, before 2.23)."""
     factor = figures["communication.latency_factor"]
     inside = (group.inside - 1) * cluster.intra.latency_s
-    across = (
-        0.0 if cluster.inter is None else np.ceil(np.log2(group.domains)) * cluster.inter.latency_s
-    )
+    if cluster.inter is None:
+        return np.asarray(factor * inside)
+    if ring:
+        across = np.where(group.domains > 1, group.domains * cluster.inter.latency_s, 0.0)
+        return np.asarray(factor * (group.domains * inside + across))
+    across = np.ceil(np.log2(group.domains)) * cluster.inter.latency_s
     return np.asarray(factor * (inside + across))
 
 
@@ -118,7 +130,8 @@ def collective_s(
     group = group_of(cluster, ranks, stride)
     volume = _VOLUME[kind] * (ranks - 1) / np.maximum(ranks, 1) * size
     seconds = volume / group_bandwidth(cluster, group, figures)
-    return np.where(busy, seconds + _VOLUME[kind] * _latency_s(cluster, group, figures), 0.0)
+    latency = _latency_s(cluster, group, figures, ring=kind in ("all_gather", "reduce_scatter"))
+    return np.where(busy, seconds + _VOLUME[kind] * latency, 0.0)
 
 
 def all_to_all_s(
@@ -146,7 +159,7 @@ def all_to_all_s(
     near = size * (group.inside - 1) / ranks / intra_bytes_per_s(cluster, group.inside, figures)
     far = np.zeros(size.shape)
     if cluster.inter is not None:
-        rate = cluster.inter.bytes_per_s * figures["communication.inter_fraction"]
+        rate = inter_bytes_per_s(cluster, figures)
         d = group.domains
         once = d * (1.0 - (1.0 - 1.0 / d) ** copies) / copies
         far = size * (ranks - group.inside) / ranks * once / rate
@@ -161,5 +174,5 @@ def transfer_s(size_bytes: Array, cluster: Cluster, across: Array, figures: Figu
     )
     if cluster.inter is None:
         return np.asarray(near)
-    far = size_bytes / (cluster.inter.bytes_per_s * figures["communication.inter_fraction"])
+    far = size_bytes / inter_bytes_per_s(cluster, figures)
     return np.where(across, far + cluster.inter.latency_s, near)

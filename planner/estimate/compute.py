@@ -114,3 +114,29 @@ def forward_flops_per_token(spec: ModelSpec, seq_len: float, *, causal: bool = T
 def model_flops_per_token(spec: ModelSpec, seq_len: float, *, causal: bool = True) -> float:
     """Forward and backward of one token: 3 × forward (backward computes two products a matrix)."""
     return 3.0 * forward_flops_per_token(spec, seq_len, causal=causal)
+
+
+def recomputed_flops_per_token(
+    spec: ModelSpec,
+    seq_len: float,
+    checkpointing: str,
+    recompute_layers: int | None = None,
+    *,
+    causal: bool = True,
+) -> float:
+    """Forward FLOPs that one token pays twice, which HFU counts and MFU does not.
+
+    Full: the blocks, all or `recompute_layers` of them; not the head. Selective: the attention core
+    (Korthikanti et al., arXiv 2205.05198, section 5).
+    """
+    if checkpointing == "none":
+        return 0.0
+    share = 1.0
+    if checkpointing == "full" and recompute_layers is not None:
+        share = min(1.0, recompute_layers / spec.layers)
+    total = 0.0
+    for b in spec.blocks:
+        core = attention_flops_per_token(b, seq_len, causal=causal)
+        whole = core + block_matmul_flops_per_token(spec, b)
+        total += b.count * (share * whole if checkpointing == "full" else core)
+    return total

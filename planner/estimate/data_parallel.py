@@ -92,6 +92,9 @@ def traffic(
     """The collectives of a step, under the software's schedule."""
     weight = width_of(job.precision)
     gradient = software.gradient_bytes or weight
+    if software.accumulates_fp32:
+        # Megatron adds and reduces in fp32 where the precision is bf16 (megatron/arguments.py).
+        gradient = 2 if job.precision == "fp16" else gradient
     s = _sizes(c, loads, bucket, cluster, figures, weight=weight, gradient=gradient)
     nothing = np.zeros(len(c))
     full = c.zero == 3

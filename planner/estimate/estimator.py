@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 from outlay.planner.cost import run_cost
 from outlay.planner.estimate.buckets import reduce_buckets
 from outlay.planner.estimate.candidates import Array, Candidates
-from outlay.planner.estimate.compute import forward_flops_per_token, model_flops_per_token
+from outlay.planner.estimate.compute import model_flops_per_token, recomputed_flops_per_token
 from outlay.planner.estimate.efficiency import Efficiency, efficiency_for
-from outlay.planner.estimate.interval import VERDICTS, interval, risk_above, verdict_index
+from outlay.planner.estimate.interval import VERDICTS, interval, risk_above, verdict_index, widened
 from outlay.planner.estimate.memory import PHASES, POSITIONS, Memory, estimate_memory
 from outlay.planner.estimate.parameters import parameter_counts
 from outlay.planner.estimate.software import CPU_DEEPSPEED, DEEPSPEED, Software
 from outlay.planner.estimate.step import Step, estimate_step, speed_of
+from outlay.planner.nearest import job_distance, nearest
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.files import plain
 from outlay.planner.spec.job import Job
@@ -74,12 +76,24 @@ class Estimates:
         )
 
 
+def software_for(cluster: Cluster) -> Software:
+    """DeepSpeed's conventions on this kind of hardware."""
+    return CPU_DEEPSPEED if cluster.kind == "cpu" else DEEPSPEED
+
+
 def evaluate(
     spec: ModelSpec, job: Job, cluster: Cluster, c: Candidates, *, software: Software | None = None
 ) -> Estimates:
     """Memory and step time of every candidate, under DeepSpeed's conventions unless told otherwise."""
-    if software is None:
-        software = CPU_DEEPSPEED if cluster.kind == "cpu" else DEEPSPEED
+    memory = evaluate_memory(spec, job, cluster, c, software=software)
+    return with_step(spec, job, cluster, memory, software=software)
+
+
+def evaluate_memory(
+    spec: ModelSpec, job: Job, cluster: Cluster, c: Candidates, *, software: Software | None = None
+) -> Estimates:
+    """Memory of every candidate and its risk, without the time: a search drops what does not fit first."""
+    software = software or software_for(cluster)
     figures = efficiency_for(cluster.accelerator)
     bucket = reduce_buckets(spec, c)
     memory = estimate_memory(spec, job, c, bucket=bucket, figures=figures, software=software)
@@ -87,14 +101,6 @@ def evaluate(
     low, high = interval(memory.device, width)
     risk = risk_above(memory.least, float(cluster.usable_bytes), width)
     usual_risk = risk_above(memory.device, float(cluster.usable_bytes), width)
-    speed = speed_of(cluster, job.precision, figures)
-    step = step_low = step_high = None
-    if speed is not None:
-        step = estimate_step(
-            spec, job, c, cluster, speed, bucket=bucket, figures=figures, software=software
-        )
-        kind = "measured_rates" if speed.measured else "datasheet"
-        step_low, step_high = interval(step.time_s, figures[f"interval.step_fraction_{kind}"])
     return Estimates(
         candidates=c,
         memory=memory,
@@ -102,11 +108,33 @@ def evaluate(
         memory_high=high,
         risk=risk,
         verdict=verdict_index(risk, usual_risk),
-        step=step,
-        step_low=step_low,
-        step_high=step_high,
+        step=None,
+        step_low=None,
+        step_high=None,
         figures=figures,
     )
+
+
+def with_step(
+    spec: ModelSpec, job: Job, cluster: Cluster, e: Estimates, *, software: Software | None = None
+) -> Estimates:
+    """The same candidates with their step times; null still where the accelerator's speed is unknown."""
+    figures, c = e.figures, e.candidates
+    speed = speed_of(cluster, job.precision, figures)
+    if speed is None:
+        return e
+    step = estimate_step(
+        spec, job, c, cluster, speed,
+        bucket=reduce_buckets(spec, c), figures=figures, software=software or software_for(cluster),
+    )  # fmt: skip
+    kind = "measured_rates" if speed.measured else "datasheet"
+    width = figures[f"interval.step_fraction_{kind}"]
+    if not speed.measured:
+        family = (software or software_for(cluster)).family
+        far = job_distance(spec, job, cluster, software=family)
+        width = widened(width, far, figures["interval.step_distance"])
+    low, high = interval(step.time_s, width)
+    return dataclasses.replace(e, step=step, step_low=low, step_high=high)
 
 
 def _memory_dict(e: Estimates, spec: ModelSpec, i: int) -> dict[str, Any]:
@@ -159,10 +187,13 @@ def _throughput(
         return None
     seconds = float(e.step.time_s[i])
     tokens_per_s = job.tokens_per_step / seconds
-    per_gpu = tokens_per_s / int(e.candidates.dp[i] * e.candidates.tp[i] * e.candidates.pp[i])
+    per_gpu = tokens_per_s / e.candidates.strategy(i).world
     model_flops = model_flops_per_token(spec, job.seq_len) * per_gpu
-    again = forward_flops_per_token(spec, job.seq_len) * per_gpu
-    hardware = model_flops + (again if int(e.candidates.activation_checkpointing[i]) == 2 else 0.0)
+    s = e.candidates.strategy(i)
+    again = recomputed_flops_per_token(
+        spec, job.seq_len, s.activation_checkpointing, s.recompute_layers
+    )
+    hardware = model_flops + again * per_gpu
     peak = cluster.accelerator.flops.get(job.precision)
     return {
         "tokens_per_s": tokens_per_s,
@@ -240,5 +271,7 @@ def estimate_dict(
         "throughput": _throughput(spec, job, cluster, e, i),
         "run": _run_dict(job, cluster, e, i),
         "assumptions": _assumptions(cluster, e, job),
-        "nearest": [],
+        "nearest": nearest(
+            spec, job, cluster, e.candidates.strategy(i), software=software_for(cluster).family
+        ),
     }

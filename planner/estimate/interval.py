@@ -23,6 +23,12 @@ def interval(expected: Array, half_width: float) -> tuple[Array, Array]:
     return expected / (1.0 + half_width), expected * (1.0 + half_width)
 
 
+def widened(half_width: float, distance: float, usual: float) -> float:
+    """Half width for a question `distance` away from what was measured: as calibrated up to `usual`, the
+    distance at which it was calibrated, and in proportion beyond."""
+    return half_width * max(1.0, distance / usual)
+
+
 def risk_above(expected: Array, limit: float, half_width: float) -> Array:
     """Probability that the true value exceeds `limit`, with log-normal error."""
     sigma = np.log1p(half_width) / _Z90

@@ -13,10 +13,13 @@ from outlay.planner.estimate.operators import BlockTime, Speed, block_s, head_s,
 from outlay.planner.estimate.pipeline import slowest_stage, waits_s
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, stage_loads
+from outlay.planner.estimate.tables import distinct, gather
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import Block, ModelSpec
 
+_BLOCK_SHAPE = ("tp", "cp", "sp", "ep", "micro_batch", "sequence_parallel")
+"""What the operators and the inner collectives of a block depend on."""
 TENSORS_PER_BLOCK = 9
 """Parameters (tensors) of a gated block: what DeepSpeed's per-parameter hooks run on."""
 
@@ -129,6 +132,22 @@ def _again(
     return compute, blocks * (sent.tensor + sent.sequence + sent.expert), blocks
 
 
+def accumulate_s(
+    job: Job, c: Candidates, loads: StageLoads, speed: Speed, figures: Figures, software: Software
+) -> Array:
+    """Adding one micro-batch's gradients to those before it, each stage [3, n]: the new gradient is
+    read, the sum read and written. Where nothing is added, or a shard only (stage 3), nothing.
+
+    Megatron adds in fp32 where the precision is bf16 (megatron/arguments.py requires it).
+    """
+    width = width_of(job.precision)
+    total = 4 if software.accumulates_fp32 and job.precision != "fp16" else width
+    weights = loads.dense_parameters / c.tp + loads.expert_parameters / (c.tp * c.ep)
+    share = np.where((c.grad_accum > 1) & (c.zero < 3), 1.0, 0.0)
+    moved = share * (width + 2.0 * total) * figures["compute.accumulate_factor"]
+    return np.asarray(weights * moved / speed.memory_bytes_per_s)
+
+
 def _targets(spec: ModelSpec, job: Job) -> Job:
     """The job as the decoder of an encoder-decoder sees it: its sequences are the targets."""
     if not spec.encoder_decoder or job.target_len is None:
@@ -167,18 +186,47 @@ class _Sums:
         return self.tensor + self.sequence + self.expert
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """What one block, or the head, takes of a micro-batch of some shape, wherever it lies."""
+
+    blocks: tuple[tuple[BlockTime, _Sent], ...]
+    """By group of blocks."""
+    head: tuple[Array, Array]
+    """(forward, backward)."""
+
+
+def _shape(
+    spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, speed: Speed, figures: Figures,
+    software: Software, *, tabled: bool,
+) -> _Shape:  # fmt: skip
+    """Computed once for each distinct shape where `tabled`, then spread over the candidates."""
+    if tabled:
+        names = (*_BLOCK_SHAPE, "dp") if any(b.mlp.experts for b in spec.blocks) else _BLOCK_SHAPE
+        first, which = distinct(c, names)
+        few = _shape(spec, job, c.take(first), cluster, speed, figures, software, tabled=False)
+        return _Shape(
+            blocks=tuple((gather(t, which), gather(sent, which)) for t, sent in few.blocks),
+            head=(few.head[0][which], few.head[1][which]),
+        )
+    targets, blocks = _targets(spec, job), []
+    for block in spec.blocks:
+        mine = targets if block.stack == "decoder" else job
+        t = block_s(spec, block, mine, c, speed, figures, software)
+        blocks.append((t, _sent(spec, block, mine, c, cluster, t.core, figures, software)))
+    masked = 1.0 if spec.blocks[-1].attention.causal else software.masked_head
+    return _Shape(blocks=tuple(blocks), head=head_s(spec, targets, c, speed, figures, masked))
+
+
 def _sums(
     spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, speed: Speed, figures: Figures,
-    software: Software, loads: StageLoads,
+    software: Software, loads: StageLoads, *, tabled: bool,
 ) -> _Sums:  # fmt: skip
     s = _Sums(**{f.name: np.zeros((3, len(c))) for f in dataclasses.fields(_Sums)})
     hooks = hook_s(c, figures) if software.family == "deepspeed" and software.start_hidden else 0.0
-    targets = _targets(spec, job)
-    for g, block in enumerate(spec.blocks):
+    shape = _shape(spec, job, c, cluster, speed, figures, software, tabled=tabled)
+    for g, (t, sent) in enumerate(shape.blocks):
         count = loads.block_counts[:, g]
-        mine = targets if block.stack == "decoder" else job
-        t = block_s(spec, block, mine, c, speed, figures, software)
-        sent = _sent(spec, block, mine, c, cluster, t.core, figures, software)
         again, collectives, blocks = _again(c, t, sent, count, software.selective)
         s.forward += count * t.forward
         s.backward += count * t.backward
@@ -196,18 +244,21 @@ def _sums(
             s.drained += blocks * figures["compute.checkpoint_megatron_s"]
         else:
             s.host_recompute += blocks * figures["compute.checkpoint_start_s"]
-    head_forward, head_backward = head_s(spec, targets, c, speed, figures)
-    s.forward += loads.has_head * head_forward
-    s.backward += loads.has_head * head_backward
+    s.forward += loads.has_head * shape.head[0]
+    s.backward += loads.has_head * shape.head[1] + accumulate_s(
+        job, c, loads, speed, figures, software
+    )
     return s
 
 
 def micro_batch_s(
-    spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, speed: Speed, figures: Figures, software: Software
+    spec: ModelSpec, job: Job, c: Candidates, cluster: Cluster, speed: Speed, figures: Figures,
+    software: Software, *, tabled: bool = True,
 ) -> MicroBatch:  # fmt: skip
-    """Every part of one micro-batch on the slowest stage, and what each stage would wait."""
+    """Every part of one micro-batch on the slowest stage, and what each stage would wait. `tabled`
+    False: figures may be arrays [n] too."""
     loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
-    s = _sums(spec, job, c, cluster, speed, figures, software, loads)
+    s = _sums(spec, job, c, cluster, speed, figures, software, loads, tabled=tabled)
     inside, both = s.sent, s.backward + s.recompute
     pass_f = _longest(s.forward + inside, s.host_forward, software)
     pass_b = _longest(both + inside + s.sent_again, s.host_backward + s.host_recompute, software)

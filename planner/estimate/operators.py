@@ -26,6 +26,8 @@ TILE = 128
 are 128×128 and 128×256 (NVIDIA, Matrix Multiplication Background User's Guide, DA-08587, section 4)."""
 ALIGNMENT = 8
 """Elements: 16-byte rows, below which tensor cores fall back to slower kernels (same guide, section 2)."""
+ROW_BYTES = 128
+"""Rows of a multiple of this many bytes are read fastest (same guide, section 3: 64 16-bit values)."""
 _WIDTH = {"fp32": 4, "tf32": 4}
 _LOW = {"fp8": "fp8", "nvfp4": "fp4"}
 """Precisions of which only the linear layers of blocks run at the low rate."""
@@ -127,6 +129,8 @@ def gemm_s(
     share = figures["compute.wave_share"]
     area = count * _padded(tokens, share) * _padded(np.asarray(n, float), share)
     if speed.sm_count:
+        odd = (k * width % ROW_BYTES != 0) | (np.asarray(n) * width % ROW_BYTES != 0)
+        rate = rate / np.where(odd, figures["compute.unaligned_factor"], 1.0)
         wave = speed.sm_count * float(TILE * TILE)
         area = area + share * (np.ceil(area / wave) * wave - area)
     area = area + half * n * count
@@ -169,13 +173,9 @@ def linear_s(
             k, rows, n, speed, width, figures, rate=speed.linear_flops, count=count
         )
         if low:
-            casts = (
-                (rows * (k + n) + k * n)
-                * count
-                * figures["compute.cast_bytes"]
-                / speed.memory_bytes_per_s
-            )
-            forward, backward = forward + casts, backward + casts
+            # Each tensor is cast once, into the layouts of both products that read it.
+            cast = count * figures["compute.cast_bytes"] / speed.memory_bytes_per_s
+            forward, backward = forward + (rows * k + k * n) * cast, backward + rows * n * cast
     return forward, backward
 
 
@@ -201,7 +201,7 @@ def attention_s(
     tokens: Array,
     speed: Speed,
     figures: Figures,
-    kernels: str,
+    software: Software,
 ) -> tuple[Array, Array]:
     """(forward, backward) seconds of one block's attention core.
 
@@ -214,6 +214,8 @@ def attention_s(
     flops = attention_flops_per_token(block, job.seq_len, causal=not eager) * tokens / c.tp
     if not eager:
         heavy = flops / (speed.gemm_flops * figures["compute.attention_fraction"])
+        if software.recent_attention:
+            heavy = heavy / figures["compute.attention_recent_factor"]
         kernel = figures["compute.kernel_s"]
         return heavy + kernel, heavy * figures["compute.attention_backward_factor"] + 2.0 * kernel
     heavy = flops / (speed.gemm_flops * figures["compute.eager_fraction"])
@@ -228,7 +230,7 @@ def attention_s(
         * figures["compute.softmax_factor"]
         / speed.memory_bytes_per_s
     )
-    forward, backward = _score_traffic_bytes(a, width, kernels)
+    forward, backward = _score_traffic_bytes(a, width, software.kernels)
     return heavy + forward * scores, 2.0 * heavy + backward * scores
 
 
@@ -237,17 +239,22 @@ def elementwise_bytes_per_token(
 ) -> tuple[float, float]:
     """(divided by tp, whole on each tp rank) memory traffic of one block's other operators, forward.
 
-    hf: RMSNorm reads and writes 7 h-wide tensors, twice; rotary 9 of q and k; residuals 6 h; SwiGLU
-    5 ffn. fused: norms 2 h each, rotary 2, residuals with the norm 4 h, activation 3 ffn, dropout
-    makes and reads two masks. A routed token is gathered, permuted and summed top_k times.
+    hf: RMSNorm reads and writes 8 h-wide tensors, a layer norm 2, twice; rotary 9 of q and k;
+    residuals 6 h, dropout before them 4 h and its masks; SwiGLU 5 ffn, others 4. fused: norms 2 h each,
+    rotary 2, residuals with the norm 4 h, activation 3 ffn, dropout makes and reads two masks. A routed
+    token is gathered, permuted and summed top_k times.
     """
     a, mlp, h = block.attention, block.mlp, spec.hidden
     qk = a.q_width + a.k_width
     ffn = mlp.ffn * mlp.top_k + mlp.shared_ffn if mlp.experts else mlp.ffn
     routed = 6.0 * h * mlp.top_k if mlp.experts else 0.0
-    if kernels == "hf":
-        return width * (9.0 * qk + (5.0 if mlp.gated else 4.0) * ffn), width * (22.0 * h + routed)
     masks = 2.0 * h if spec.residual_dropout > 0 else 0.0
+    if kernels == "hf":
+        rotary = 9.0 * qk if spec.positions == "rotary" else 0.0
+        whole = 22.0 if spec.norm == "rmsnorm" else 10.0
+        whole += 4.0 if spec.residual_dropout > 0 else 0.0
+        sharded = width * (rotary + (5.0 if mlp.gated else 4.0) * ffn)
+        return sharded, width * (whole * h + routed) + masks
     return width * (2.0 * qk + 3.0 * ffn), width * (8.0 * h + routed) + masks
 
 
@@ -264,9 +271,7 @@ def block_s(
     width = width_of(job.precision)
     tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
     linear_forward, linear_backward = linear_s(spec, block, job, c, tokens, speed, figures)
-    core_forward, core_backward = attention_s(
-        block, job, c, tokens, speed, figures, software.kernels
-    )
+    core_forward, core_backward = attention_s(block, job, c, tokens, speed, figures, software)
     sharded, whole = elementwise_bytes_per_token(spec, block, width, software.kernels)
     split = np.where(c.sequence_parallel > 0, c.tp, 1)
     traffic = (sharded / c.tp + whole / split) * tokens * figures["compute.elementwise_factor"]
@@ -289,16 +294,17 @@ def block_s(
 
 
 def head_s(
-    spec: ModelSpec, job: Job, c: Candidates, speed: Speed, figures: Figures
+    spec: ModelSpec, job: Job, c: Candidates, speed: Speed, figures: Figures, share: float = 1.0
 ) -> tuple[Array, Array]:
-    """(forward, backward) seconds of final projection and loss for one micro-batch.
+    """(forward, backward) seconds of final projection and loss for one micro-batch, of `share` of its
+    tokens (a masked language model may gather the masked ones first).
 
     The loss touches vocabulary-wide fp32 values 3 times forward and 6 times backward.
     """
     if not spec.has_head:
         return np.zeros(len(c)), np.zeros(len(c))
     width = width_of(job.precision)
-    tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
+    tokens = share * c.micro_batch * job.seq_len / (c.cp * c.sp)
     vocab = spec.vocab / c.tp
     hidden = np.asarray(float(spec.hidden))
     product = gemm_s(tokens, hidden, vocab, speed, width, figures)

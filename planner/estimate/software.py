@@ -48,6 +48,13 @@ class Software:
     """Gradients stay whole between micro-batches: FSDP's `no_sync`, which litgpt accumulates under."""
     quant_saves_input: bool = False
     """A 4-bit linear layer keeps its input though its weight is frozen."""
+    recent_attention: bool = False
+    """Attention runs in kernels written for its generation (cuDNN's, FlashAttention-3), which on Hopper
+    and later are far ahead of FlashAttention-2."""
+    accumulates_fp32: bool = False
+    """16-bit gradients of micro-batches are added up in fp32 where the precision is bf16."""
+    masked_head: float = 1.0
+    """Share of the tokens of an encoder whose logits are computed."""
     quantizes_head: bool = False
     """Quantization of linear layers includes the vocabulary projection."""
 
@@ -70,8 +77,9 @@ MEGATRON = Software(
     block_operators=30,
     gradient_bytes=4,
     loss="vocab_parallel",
+    accumulates_fp32=True,
 )
-MEGATRON_CORE = replace(MEGATRON, overlap=1.0, tensor_overlap=True)
+MEGATRON_CORE = replace(MEGATRON, overlap=1.0, tensor_overlap=True, recent_attention=True)
 MEGATRON_DEEPSPEED = Software(
     family="megatron",
     kernels="fused",
@@ -81,6 +89,7 @@ MEGATRON_DEEPSPEED = Software(
     start_hidden=True,
     block_operators=40,
     loss="vocab_parallel",
+    accumulates_fp32=True,
 )
 FSDP = Software(
     family="fsdp", kernels="hf", uniform_stages=True, dropout=False, overlap=1.0, start_hidden=True
@@ -99,12 +108,13 @@ FSDP_COMPILED = Software(
 )
 DDP = Software(
     family="ddp",
-    kernels="fused",
+    kernels="hf",
     uniform_stages=True,
     dropout=True,
     overlap=1.0,
     start_hidden=True,
     block_operators=30,
+    masked_head=0.16,
 )
 SINGLE = Software(
     family="single",
@@ -116,6 +126,7 @@ SINGLE = Software(
     master=False,
 )
 LITGPT = replace(SINGLE, loss="narrow", quant_saves_input=True, quantizes_head=True)
+AUTOMODEL = replace(FSDP_COMPILED, recent_attention=True)
 COMPOSER = replace(FSDP, loss="fused")
 LITGPT_FSDP = replace(FSDP, master=False, loss="narrow", accumulates_whole=True)
 CPU_DEEPSPEED = Software(
@@ -133,15 +144,18 @@ CPU_DEEPSPEED = Software(
 def software_of(framework: str, *, attention: str = "") -> Software:
     """The family of a `framework` value of `truth/cases.csv`; unknown or empty → DeepSpeed's.
 
-    Matched by what the name says: `megatron*` (Megatron-DeepSpeed too), `fsdp2*` (compiled),
-    `fsdp*`, `deepspeed*` and `hf-*`, `*ddp`, `litgpt*`, `torchtune`. Megatron with flash attention
-    is Megatron-Core with Transformer Engine, which overlaps its collectives; earlier ones do not.
+    Matched by what the name says: `megatron*` (Megatron-DeepSpeed too), `fsdp2*` (compiled; NeMo
+    Automodel's with Transformer Engine's attention), `fsdp*`, `deepspeed*` and `hf-*`, `*ddp`,
+    `litgpt*`, `torchtune`. Megatron with flash attention is Megatron-Core with Transformer Engine, which
+    overlaps its collectives; earlier ones do not.
     """
     name = framework.strip().lower()
     if name.startswith("litgpt"):
         return LITGPT_FSDP if "fsdp" in name else LITGPT
     if "composer" in name:
         return COMPOSER
+    if "automodel" in name:
+        return AUTOMODEL
     if "fsdp2" in name:
         return FSDP_COMPILED
     if "fsdp" in name:

@@ -142,15 +142,24 @@ def _weight(spec: ModelSpec, stage: _Stage, seq_len: int) -> float:
     )
 
 
+@lru_cache(maxsize=4096)
+def _three(
+    spec: ModelSpec, seq_len: int, pp: int, uniform: bool
+) -> tuple[_Stage, _Stage | None, _Stage]:
+    """The first, the heaviest between, the last; remembered, since a search asks for the same pp often."""
+    stages = _stage_list(spec, seq_len, pp, uniform)
+    middle = max(stages[1:-1], key=lambda s: _weight(spec, s, seq_len), default=None)
+    return stages[0], middle, stages[-1]
+
+
 def stage_loads(spec: ModelSpec, seq_len: int, pp: Array, *, uniform: bool = False) -> StageLoads:
     """Loads of {first, middle, last} for each candidate, from a table over the unique pp."""
     unique, inverse = np.unique(pp, return_inverse=True)
     groups = len(spec.blocks)
     table = np.zeros((3, 5 + groups, len(unique)))
     for j, p in enumerate(unique):
-        stages = _stage_list(spec, seq_len, int(p), uniform)
-        middle = max(stages[1:-1], key=lambda s: _weight(spec, s, seq_len), default=None)
-        for position, stage in ((FIRST, stages[0]), (MIDDLE, middle), (LAST, stages[-1])):
+        first, middle, last = _three(spec, seq_len, int(p), uniform)
+        for position, stage in ((FIRST, first), (MIDDLE, middle), (LAST, last)):
             if stage is None:
                 continue
             table[position, :5, j] = (stage.dense, stage.expert, stage.embedding, stage.head, 1.0)

@@ -8,11 +8,12 @@ distinct shape.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
-from outlay.planner.estimate.candidates import Array, Candidates
+from outlay.planner.estimate.candidates import OFFLOAD, Array, Candidates
 from outlay.planner.estimate.communication import Figures, transfer_s
 from outlay.planner.estimate.data_parallel import Traffic, exposed_s, traffic
 from outlay.planner.estimate.micro_batch import TENSORS_PER_BLOCK, MicroBatch, hook_s, micro_batch_s
@@ -43,14 +44,12 @@ PARTS = (
     "overhead",
 )
 
-_SHAPE = (
-    "tp", "pp", "vpp", "cp", "sp", "ep", "dp", "zero", "micro_batch", "activation_checkpointing",
-    "recompute_layers", "sequence_parallel",
-)  # fmt: skip
-_SHARDS = (
-    "zero", "dp", "tp", "pp", "cp", "sp", "ep", "reduce_bucket_size", "overlap_comm",
-    "offload_optimizer", "offload_param",
-)  # fmt: skip
+NVME = OFFLOAD.index("nvme")
+_LAYOUT = ("tp", "pp", "cp", "sp", "ep", "dp", "zero")
+_SHAPE = ("vpp", "micro_batch", "activation_checkpointing", "recompute_layers", "sequence_parallel")
+"""With the layout, what a micro-batch depends on."""
+_SHARDS = ("reduce_bucket_size", "overlap_comm", "offload_optimizer", "offload_param")
+"""With the layout, what the weights' part of a step depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +71,18 @@ class _Shards:
 
 
 def _optimizer_s(
-    job: Job, c: Candidates, loads: StageLoads, speed: Speed, figures: Figures
+    job: Job, c: Candidates, loads: StageLoads, speed: Speed, figures: Figures, software: Software
 ) -> Array:
-    """Bytes of weights, gradients and moments read and written, by the rank's share."""
+    """Bytes of weights, gradients and moments read and written, by the rank's share. Clipping reads the
+    gradients for their norm; where the step is torch's own it scales them in another pass."""
     parameters, share = _rank_parameters(c, loads)
     moments = MOMENTS["adamw" if job.optimizer.name.startswith("adam") else "sgd"] / 4
     passes = figures["optimizer.passes"] * (1 + moments) / 3
-    clip = 3.0 if job.gradient_clipping > 0 else 0.0
+    clip = (3.0 if software.step_in_torch else 1.0) if job.gradient_clipping > 0 else 0.0
     update = 4.0 * share * (passes + clip)
-    copies = 4.0 * np.where(c.zero >= 1, 2 * parameters + 2 * share, 0.0)
+    # Stages 1 and 2 copy whole gradients into buckets and whole weights out of them, stage 3 its share.
+    held = np.where(c.zero == 3, share, parameters)
+    copies = 4.0 * np.where(c.zero >= 1, 2 * held + 2 * share, 0.0)
     on_device = np.where(c.offload_optimizer > 0, 0.0, update)
     return np.asarray((on_device + copies) / speed.memory_bytes_per_s)
 
@@ -98,7 +100,9 @@ def _offload_s(
 ) -> tuple[Array, Array]:
     """(a step, a micro-batch): gradients down and weights up the host link, Adam on the host.
 
-    Offloaded weights come up before forward and before backward (ZeRO-Infinity, arXiv 2104.07857).
+    Offloaded weights come up before forward and before backward (ZeRO-Infinity, arXiv 2104.07857,
+    section 5). From NVMe, the optimizer's fp32 weight and moments are read and written once a step and
+    16-bit weights read with them; the drives belong to the node, and reads and writes do not overlap.
     """
     away = (c.offload_optimizer > 0) | (c.offload_param > 0)
     if not away.any():
@@ -109,7 +113,16 @@ def _offload_s(
     width = width_of(job.precision)
     adam = share * cluster.ranks_per_node / figures["offload.adam_parameters_per_s"]
     step = np.where(c.offload_optimizer > 0, 2.0 * width * share / rate + adam, 0.0)
-    return step, np.where(c.offload_param > 0, 2.0 * width * share / rate, 0.0)
+    micro = np.where(c.offload_param > 0, 2.0 * width * share / rate, 0.0)
+    read, write = (
+        figures["offload.nvme_read_bytes_per_s"],
+        figures["offload.nvme_write_bytes_per_s"],
+    )
+    node = share * cluster.ranks_per_node
+    states = 4.0 * (1.0 + MOMENTS["adamw" if job.optimizer.name.startswith("adam") else "sgd"] / 4)
+    step = step + np.where(c.offload_optimizer == NVME, states * node * (1 / read + 1 / write), 0.0)
+    step = step + np.where(c.offload_param == NVME, width * node / write, 0.0)
+    return step, micro + np.where(c.offload_param == NVME, 2.0 * width * node / read, 0.0)
 
 
 def _shards(
@@ -126,7 +139,7 @@ def _shards(
     step, micro = _offload_s(job, c, loads, cluster, figures)
     return _Shards(
         traffic=traffic(job, c, loads, bucket, cluster, figures, software),
-        optimizer=_optimizer_s(job, c, loads, speed, figures),
+        optimizer=_optimizer_s(job, c, loads, speed, figures, software),
         offload_step=step,
         offload_micro=micro,
     )
@@ -138,7 +151,8 @@ def _transfer_s(
     """Activations and their gradients from stage to stage, both ways, a micro-batch.
 
     Megatron sends 1/tp of the message from each tensor-parallel rank and gathers it behind the
-    network (arXiv 2104.04473, section 4.1); others send all of it from each.
+    network (arXiv 2104.04473, section 4.1) and, before its exchanges ran beside compute, waits for the
+    device after each (megatron/p2p_communication.py); others send all of it from each.
     """
     tokens = c.micro_batch * job.seq_len / (c.cp * c.sp)
     size = width_of(job.precision) * tokens * spec.hidden
@@ -146,7 +160,10 @@ def _transfer_s(
         size = size / c.tp
     reach = c.tp * c.cp * c.sp * c.dp
     across = (reach >= cluster.ranks_per_node) & (cluster.nodes > 1)
-    return np.where(c.pp > 1, 2.0 * c.vpp * transfer_s(size, cluster, across, figures), 0.0)
+    one = transfer_s(size, cluster, across, figures)
+    if software.family == "megatron" and not software.overlap:
+        one = one + figures["communication.transfer_sync_s"]
+    return np.where(c.pp > 1, 2.0 * c.vpp * one, 0.0)
 
 
 def _overhead_s(
@@ -198,7 +215,7 @@ def assemble(
         "offload": s.offload_step + micro * s.offload_micro,
         "overhead": step_overhead + micro * micro_overhead,
     }
-    total = np.sum(list(parts.values()), axis=0)
+    total = functools.reduce(np.add, parts.values())
     # The slowest of many ranks sets the pace; the spread grows with how many there are.
     late = figures["communication.straggler_per_doubling"] * np.log2(
         np.maximum(c.dp * c.tp * c.pp * c.cp * c.sp, 1)
@@ -221,12 +238,14 @@ def estimate_step(
 ) -> Step:
     """Seconds of a step for each candidate. `tabled` False: figures may be arrays [n] too."""
     if not tabled:
-        m = micro_batch_s(spec, job, c, cluster, speed, figures, software)
+        m = micro_batch_s(spec, job, c, cluster, speed, figures, software, tabled=False)
         s = _shards(spec, job, c, bucket, cluster, speed, figures, software)
         return assemble(spec, job, c, cluster, m, s, figures, software)
     # A pipeline's bubble depends on the number of micro-batches only while they are fewer than stages.
-    shape, which = distinct(c, _SHAPE, np.where(c.pp > 1, np.minimum(c.grad_accum, c.pp), 1))
+    _, layout = distinct(c, _LAYOUT)
+    few = np.minimum(c.grad_accum, np.maximum(c.pp, 2))
+    shape, which = distinct(c, _SHAPE, layout, few)
     m = micro_batch_s(spec, job, c.take(shape), cluster, speed, figures, software)
-    spread, where = distinct(c, _SHARDS)
+    spread, where = distinct(c, _SHARDS, layout)
     s = _shards(spec, job, c.take(spread), bucket[spread], cluster, speed, figures, software)
     return assemble(spec, job, c, cluster, gather(m, which), gather(s, where), figures, software)

@@ -19,6 +19,9 @@ T = TypeVar("T")
 _LARGEST = 1 << 20
 """Values up to this are numbered by a table of that size; larger ones by sorting."""
 
+_ROOM = 1 << 14
+"""Numbers that a tuple may take before they are numbered anew: a table of that size stays in the cache."""
+
 
 def _numbered(values: Array) -> tuple[Array, int]:
     """(number of each value among the distinct ones, how many there are)."""
@@ -37,12 +40,23 @@ def _numbered(values: Array) -> tuple[Array, int]:
 
 def distinct(c: Candidates, names: Sequence[str], *more: Array) -> tuple[Array, Array]:
     """(index of one candidate of each distinct tuple, which of them each candidate is); the tuple is
-    the fields `names` and the whole numbers `more`."""
-    number, count = np.zeros(len(c), np.int64), 1
+    the fields `names` and the whole numbers `more`.
+
+    A tuple is numbered by mixed radix, and numbered anew when that leaves the size of the table.
+    """
+    number, room = np.zeros(len(c), np.int64), 1
     for values in (*(getattr(c, name) for name in names), *more):
-        mine, many = _numbered(values)
-        if many > 1:
-            number, count = _numbered(number * many + mine) if count > 1 else (mine, many)
+        low = int(values.min())
+        span = int(values.max()) - low + 1
+        if span == 1:
+            continue
+        shifted = values - low if low else values
+        if room * span > _ROOM:
+            number, room = _numbered(number)
+        if room * span > _ROOM:
+            shifted, span = _numbered(values)
+        number, room = number * span + shifted, room * span
+    number, count = _numbered(number)
     first = np.zeros(count, np.int64)
     first[number] = np.arange(len(c))
     return first, number

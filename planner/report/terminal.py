@@ -191,15 +191,35 @@ def print_assumptions(console: Console, rows: list[dict[str, Any]]) -> None:
         )
 
 
+def gain_text(plan: Plan) -> str:
+    """What limits the plan, and what twice as much of each thing would give."""
+    helping = [g for g in plan.gains if g.faster >= 0.005]
+    if not helping:
+        return "nothing that money buys would make it faster; the trainer's own work sets the pace"
+    texts = []
+    for g in helping:
+        text = f"{g.change}: {g.faster:.0%} faster"
+        texts.append(text + (f" ({g.strategy})" if g.strategy else ""))
+    return f"{plan.limited_by}. " + " · ".join(texts)
+
+
 def print_plan(console: Console, plan: Plan, *, out: str | None) -> None:
+    from outlay.planner.space import TARGETS
+
     step = plan.estimate["step"]
     step_s = None if step is None else float(step["time_s"])
-    budgets = budget_rows(plan.job, plan.cluster, step_s)
-    console.print(_pairs([*estimate_rows(plan.estimate), *budgets]))
+    rows = estimate_rows(plan.estimate) + budget_rows(plan.job, plan.cluster, step_s)
+    rows.append(("for", f"{plan.target}: {TARGETS[plan.target].says}"))
+    if plan.gains:
+        rows.append(("limited by", gain_text(plan)))
+    console.print(_pairs(rows))
+    legal = "" if plan.legal is None else f" {plan.legal:,} allowed,"
     console.print(
-        f"{plan.considered} strategies looked at, {plan.feasible} fit. The next:", highlight=False
+        f"{plan.considered:,} strategies looked at,{legal} {plan.feasible:,} fit. The next:",
+        highlight=False,
     )
     grid = table("strategy", "step", "memory", "verdict", "why not")
+    grid.columns[-1].justify = "left"
     for other in plan.alternatives:
         grid.add_row(
             other.strategy.label(),
@@ -211,4 +231,8 @@ def print_plan(console: Console, plan: Plan, *, out: str | None) -> None:
     console.print(grid)
     print_assumptions(console, plan.estimate["assumptions"])
     if out:
-        console.print(f"Plan written to {out}. Next: outlay run {out}", highlight=False)
+        done = f"Next: outlay run {out}" if plan.target == "runner" else (
+            f"`outlay run` does not execute it: `outlay emit deepspeed {out}` for a trainer of your own"
+            if plan.target == "deepspeed" else "Neither DeepSpeed nor `outlay run` executes it."
+        )  # fmt: skip
+        console.print(f"Plan written to {out}. {done}", highlight=False)

@@ -24,7 +24,7 @@ class Link:
     """One kind of connection between two ranks."""
 
     kind: str
-    """nvlink, nvswitch, pcie, xgmi, shm (same host, through memory), infiniband, ethernet, efa, roce."""
+    """nvlink, nvswitch, pcie, xgmi, shm (same host, through memory), infiniband, ethernet, efa, roce, omni-path."""
     bytes_per_s: float
     """What one rank can send in one direction, datasheet; bytes/s."""
     latency_s: float

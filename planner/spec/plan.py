@@ -38,6 +38,20 @@ class Alternative:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What more of one thing would give, found by planning again for it."""
+
+    what: str
+    """compute | memory speed | memory | links | network | host link | accelerators."""
+    change: str
+    step_s: float
+    faster: float
+    """Now/then − 1."""
+    strategy: str | None = None
+    """What would be chosen there; null = the same strategy."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The chosen strategy with its estimate, the alternatives, why they lost, the DeepSpeed config."""
 
@@ -55,4 +69,12 @@ class Plan:
     """Strategies looked at."""
     feasible: int
     alternatives: tuple[Alternative, ...] = ()
+    target: str = "runner"
+    """Whose trainer it is for: runner | deepspeed | megatron; `outlay run` takes the first."""
+    legal: int | None = None
+    """Of those looked at, what no rule forbids."""
+    limited_by: str | None = None
+    """Of what more would help most."""
+    gains: tuple[Gain, ...] = ()
+    """What twice as much of each thing would give."""
     schema: str = field(default=SCHEMA_PLAN)

@@ -58,9 +58,13 @@ class Strategy:
         ]
         parts += [f"mb{self.micro_batch}", f"ga{self.grad_accum}"]
         if self.activation_checkpointing != "none":
-            parts.append("ckpt" if self.activation_checkpointing == "full" else "ckpt-selective")
+            word = "ckpt" if self.activation_checkpointing == "full" else "ckpt-selective"
+            some = self.recompute_layers is not None and self.activation_checkpointing == "full"
+            parts.append(f"{word}{self.recompute_layers}" if some else word)
         if self.offload_optimizer != "none":
             parts.append(f"opt-{self.offload_optimizer}")
         if self.offload_param != "none":
             parts.append(f"param-{self.offload_param}")
+        if self.loss != "plain":
+            parts.append(f"loss-{self.loss}")
         return " ".join(parts)

@@ -172,11 +172,17 @@ def print_comparison(console: Console, rows: list[Row]) -> None:
 
 
 @click.command()
-@click.argument("run_dir")
+@click.argument("what", nargs=-1, required=True)
 @format_option("table", "json")
-def compare(run_dir: str, format_: str) -> None:
-    """Predicted against measured, for a run."""
-    rows = comparison(Path(run_dir))
+def compare(what: tuple[str, ...], format_: str) -> None:
+    """Predicted against measured, for a run; or several plans side by side.
+
+    WHAT is the folder of one run, or two and more plan files or run folders.
+    """
+    if len(what) > 1 or Path(what[0]).is_file():
+        _compare_plans(what, format_)
+        return
+    rows = comparison(Path(what[0]))
     if format_ == "json":
         from outlay.planner.spec.files import to_json
 
@@ -193,3 +199,31 @@ def compare(run_dir: str, format_: str) -> None:
     from outlay.planner.commands.question import console
 
     print_comparison(console(), rows)
+
+
+def _compare_plans(what: tuple[str, ...], format_: str) -> None:
+    """Side by side; the first is what the others are measured against."""
+    from outlay.planner.commands.question import console
+    from outlay.planner.planning import read_plan
+    from outlay.planner.report.plans import compare_plans, print_plans
+    from outlay.planner.spec.files import to_json
+    from outlay.profiles.errors import UsageError
+    from outlay.runner.folder import RunFolder
+
+    if len(what) < 2:
+        raise UsageError(
+            f"{what[0]} is one plan", do="give two or more to compare, or the folder of a run"
+        )
+    plans = []
+    for name in what:
+        if Path(name).is_file():
+            plans.append((name, read_plan(name)))
+            continue
+        folder = RunFolder(Path(name))
+        folder.require_run()
+        plans.append((name, folder.read_plan()))
+    value = compare_plans(plans)
+    if format_ == "json":
+        click.echo(to_json(value), nl=False)
+    else:
+        print_plans(console(), value)

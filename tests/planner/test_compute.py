@@ -19,6 +19,7 @@ from outlay.planner.estimate.compute import (
 from outlay.planner.estimate.efficiency import efficiency_for
 from outlay.planner.estimate.operators import Speed, attention_s, gemm_s, speed_of
 from outlay.planner.estimate.parameters import attention_parameters
+from outlay.planner.estimate.software import MEGATRON
 from outlay.planner.hardware import resolve_hardware
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
@@ -112,7 +113,7 @@ def _attention(kind: str, heads: int, seq_len: int) -> float:
     job = Job(model="m", seq_len=seq_len, global_batch=1, steps=1, precision="bf16", attention=kind)  # type: ignore[arg-type]
     c = Candidates.of([Strategy()])
     forward, backward = attention_s(
-        spec.blocks[0], job, c, c.micro_batch * float(seq_len), speed(), FIGURES, "fused"
+        spec.blocks[0], job, c, c.micro_batch * float(seq_len), speed(), FIGURES, MEGATRON
     )
     return float(forward[0] + backward[0])
 
@@ -125,7 +126,7 @@ def test_unfused_attention_is_slower_and_rows_that_are_not_aligned_more_so() -> 
     c = Candidates.of([Strategy()])
     aligned = dataclasses.replace(odd, attention=dataclasses.replace(odd.attention, head_dim=128))
     slow, fast = (
-        attention_s(b, job, c, c.micro_batch * 2048.0, speed(), FIGURES, "fused")[0][0]
+        attention_s(b, job, c, c.micro_batch * 2048.0, speed(), FIGURES, MEGATRON)[0][0]
         for b in (odd, aligned)
     )
     assert slow > fast

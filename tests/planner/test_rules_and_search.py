@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from outlay.planner.estimate.candidates import Candidates
 from outlay.planner.estimate.estimator import evaluate
 from outlay.planner.estimate.interval import TIGHT_RISK
+from outlay.planner.hardware import resolve_hardware
 from outlay.planner.rules import RULES, Context, allowed, broken
 from outlay.planner.search import alternatives, candidates_for, divisors, search
+from outlay.planner.space import TARGETS
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.families import resolve_model
 from outlay.planner.spec.job import Job
@@ -28,6 +30,7 @@ BROKEN = {
     "zero_stage_exists": {"zero": 9},
     "stages_have_blocks": {"pp": 8},
     "pipeline_without_zero_2": {"pp": 2, "zero": 2},
+    "pipeline_without_ulysses": {"pp": 2, "sp": 2},
     "tensor_parallel_divides_heads": {"tp": 3},
     "sequence_parallel_divides": {"sp": 3},
     "expert_parallel_divides": {"ep": 2},
@@ -131,7 +134,7 @@ def test_search_equals_brute_force(context: Context) -> None:
                             if e.risk[0] <= TIGHT_RISK:
                                 seconds = float(e.step.time_s[0])
                                 best = seconds if best is None else min(best, seconds)
-    assert len(result.estimates) == count
+    assert result.legal == count
     assert result.estimates.step is not None
     chosen = float(result.estimates.step.time_s[int(result.order[0])])
     assert best is not None
@@ -177,16 +180,65 @@ def test_unknown_speed_cannot_be_ranked(context: Context) -> None:
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(batch=st.integers(1, 64), ranks=st.integers(1, 16))
+@given(batch=st.integers(1, 64), ranks=st.integers(1, 16), name=st.sampled_from(sorted(TARGETS)))
 def test_candidates_close_the_batch(
-    batch: int, ranks: int, tiny_job: Job, cpu_cluster: Cluster
+    batch: int, ranks: int, name: str, tiny_spec: ModelSpec, tiny_job: Job, cpu_cluster: Cluster
 ) -> None:
     job = dataclasses.replace(tiny_job, global_batch=batch)
     cluster = dataclasses.replace(cpu_cluster, ranks_per_node=ranks)
-    c = candidates_for(job, cluster, {})
-    assert np.all(c.dp * c.tp * c.pp == ranks)
+    c, looked = candidates_for(tiny_spec, job, cluster, {}, target=TARGETS[name])
+    assert len(c) <= looked
+    assert np.all(c.dp * c.tp * c.pp * c.cp * c.sp == ranks)
     assert np.all(c.micro_batch * c.grad_accum * c.dp == batch)
-    for dp in divisors(ranks):
-        if batch % dp == 0:
-            micro = {m for m in divisors(batch) if batch // dp % m == 0}
-            assert set(c.micro_batch[c.dp == dp].tolist()) == micro
+    for dp in set(c.dp[c.vpp == 1].tolist()):
+        micro = {m for m in divisors(batch) if batch // dp % m == 0}
+        assert set(c.micro_batch[(c.dp == dp) & (c.vpp == 1)].tolist()) == micro
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+@pytest.mark.parametrize("memory_mib", [60, 100, 8000])
+def test_pruned_search_equals_the_plain_product(
+    name: str, memory_mib: int, tiny_spec: ModelSpec, cpu_cluster: Cluster
+) -> None:
+    """The product of all axes, every rule, every estimate at once: the same set and the same best."""
+    target = TARGETS[name]
+    job = Job(model="tiny", seq_len=2048, global_batch=8, steps=10, precision="bf16")
+    # The catalog's GPU, with so little memory that it binds.
+    gpu = dataclasses.replace(
+        resolve_hardware("a100-sxm-80gb:8/4", inter_node_gbps=400),
+        usable_bytes=3 * 2**30 + memory_mib * 2**20,
+    )
+    megatron = name == "megatron"
+    product = Candidates.grid(
+        zero=range(4) if not megatron else range(2), tp=[1, 2], pp=[1, 2, 4, 8], vpp=[1, 2, 4],
+        cp=[1, 2], sp=[1, 2, 4], dp=[1, 2, 4, 8], micro_batch=[1, 2, 4, 8], grad_accum=[1, 2, 4, 8],
+        activation_checkpointing=[0, 1, 2], recompute_layers=[-1, 1, 2, 3],
+        offload_optimizer=[0, 1], offload_param=[0, 1], loss=[0, 2],
+    )  # fmt: skip
+    c = product
+    keep = allowed(c, Context(spec=tiny_spec, job=job, cluster=gpu), kinds=target.kinds)
+    keep &= c.micro_batch * c.grad_accum * c.dp == job.global_batch
+    keep &= (c.zero == 0) | (c.dp * c.cp * c.sp > 1) | (c.offload_optimizer > 0)
+    keep &= (c.recompute_layers < 0) | (c.activation_checkpointing == 2)
+    if megatron:
+        keep &= (c.sp == 1) & (c.offload_optimizer + c.offload_param + c.loss == 0)
+        keep &= (c.vpp == 1) | ((c.pp > 1) & (4 % (c.pp * c.vpp) == 0) & (c.grad_accum % c.pp == 0))
+    c = c.take(keep)
+    c = dataclasses.replace(c, sequence_parallel=(c.tp > 1).astype(int) * megatron)
+    e = evaluate(tiny_spec, job, gpu, c, software=target.software_on(gpu))
+    legal, _ = candidates_for(tiny_spec, job, gpu, {}, target=target)
+    assert {legal.strategy(i) for i in range(len(legal))} == {c.strategy(i) for i in range(len(c))}
+    assert e.step is not None
+    fits = np.flatnonzero(e.risk <= TIGHT_RISK)
+    if not fits.size:
+        with pytest.raises(NotFeasible):
+            search(tiny_spec, job, gpu, target=target)
+        return
+    found = search(tiny_spec, job, gpu, target=target)
+    assert {found.estimates.candidates.strategy(int(i)) for i in found.order} == {
+        c.strategy(int(i)) for i in fits
+    }
+    assert found.estimates.step is not None
+    best = float(found.estimates.step.time_s[found.best_index])
+    least = float(e.step.time_s[fits].min())
+    assert least <= best <= least * 1.005

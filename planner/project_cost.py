@@ -1,0 +1,133 @@
+"""Wall time, money, energy and CO2e of a project under terms of rent. Every number may be an array.
+
+Young 1974 / Daly 2006 (doi 10.1016/j.future.2004.11.016): with a mean time M between interruptions
+and d for a save, saving every √(2·d·M) loses √(2·d/M) of the time, and each interruption its restart.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from outlay.planner.cost import Range
+from outlay.profiles.errors import UsageError
+
+Numbers = Any
+"""A float, or an array with one entry an option."""
+
+TermsKind = Literal["on_demand", "spot", "reserved", "owned", "buy"]
+END = ("low", "expected", "high")
+STALE_DAYS = 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumption:
+    """One figure that nobody measured for this run, ordered from cheap to dear."""
+
+    low: float
+    expected: float
+    high: float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not all(np.isfinite(getattr(self, end)) for end in END):
+            raise UsageError("an assumption has to be a finite number", why=self.source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostAssumptions:
+    """What a total takes for granted. Replace a field to set it."""
+
+    setup_h: Assumption = Assumption(low=0.25, expected=0.75, high=2.0, source="guess")
+    evaluation_fraction: Assumption = Assumption(low=0.01, expected=0.04, high=0.10, source="guess")
+    save_s: Assumption = Assumption(low=10.0, expected=60.0, high=240.0, source="guess")
+    restart_h: Assumption = Assumption(low=0.1, expected=0.25, high=0.5, source="guess")
+    spot_preemptions_node_day: Assumption = Assumption(
+        low=0.25, expected=1.0, high=3.0, source="guess"
+    )
+    mtbf_accelerator_h: Assumption = Assumption(
+        low=100_000.0, expected=50_700.0, high=20_000.0,
+        source="419 unexpected interruptions in 54 days of 16,384 H100 (arXiv 2407.21783, 3.3.4);"
+        " ends guessed",
+    )  # fmt: skip
+    tdp_fraction: Assumption = Assumption(low=0.5, expected=0.8, high=1.0, source="guess")
+    pue: Assumption = Assumption(low=1.1, expected=1.3, high=1.6, source="guess")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """How the whole cluster is paid for."""
+
+    kind: TermsKind
+    price_usd_per_h: Range | None
+    minimum_h: float = 0.0
+    kgco2e_per_kwh: float | None = None
+    """Null = no figure is known for the region, so neither is the CO2e."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectCost:
+    """Null = not known, never zero."""
+
+    wall_s: Range
+    gpu_hours: Range
+    cost_usd: Range | None
+    energy_kwh: Range | None
+    co2e_kg: Range | None
+    included: tuple[dict[str, object], ...]
+
+
+def lost_fraction(
+    terms: Terms, nodes: Numbers, accelerators: Numbers, values: dict[str, float]
+) -> Any:
+    """Part of the time that failures and preemptions take (Young/Daly), 1 where nothing is left."""
+    per_h = np.asarray(accelerators) / values["mtbf_accelerator_h"]
+    if terms.kind == "spot":
+        per_h = per_h + np.asarray(nodes) * values["spot_preemptions_node_day"] / 24.0
+    lost = np.sqrt(2.0 * values["save_s"] / 3600.0 * per_h) + values["restart_h"] * per_h
+    return np.minimum(lost, 1.0)
+
+
+def _scaled(a: Range, factors: dict[str, Any]) -> Range:
+    return Range(**{end: getattr(a, end) * factors[end] for end in END})
+
+
+def project_cost(
+    terms: Terms, training_s: Range, *, accelerators: Numbers, nodes: Numbers, tdp_w: Numbers | None,
+    assumptions: CostAssumptions | None = None,
+) -> ProjectCost:  # fmt: skip
+    """The whole project; infinite where interruptions leave no time for work."""
+    taken = vars(assumptions or CostAssumptions())
+    at = {end: {name: getattr(a, end) for name, a in taken.items()} for end in END}
+    hours: dict[str, Any] = {}
+    for end, v in at.items():
+        work = np.asarray(getattr(training_s, end)) / 3600.0 * (1.0 + v["evaluation_fraction"])
+        with np.errstate(divide="ignore"):
+            hours[end] = v["setup_h"] + work / (1.0 - lost_fraction(terms, nodes, accelerators, v))
+    wall = Range(**{end: h * 3600.0 for end, h in hours.items()})
+    gpu_hours = Range(**{end: h * accelerators for end, h in hours.items()})
+    price = terms.price_usd_per_h
+    cost = energy = co2e = None
+    if price is not None:
+        cost = _scaled(price, {end: np.maximum(h, terms.minimum_h) for end, h in hours.items()})
+    if tdp_w is not None:
+        watts = {end: tdp_w * v["tdp_fraction"] * v["pue"] / 1e3 for end, v in at.items()}
+        energy = _scaled(gpu_hours, watts)
+        if terms.kgco2e_per_kwh is not None:
+            co2e = _scaled(energy, dict.fromkeys(END, terms.kgco2e_per_kwh))
+    included = tuple({"what": n, "value": a.expected, "source": a.source} for n, a in taken.items())
+    return ProjectCost(
+        wall_s=wall, gpu_hours=gpu_hours, cost_usd=cost, energy_kwh=energy, co2e_kg=co2e,
+        included=included,
+    )  # fmt: skip
+
+
+def price_age_mark(date: datetime.date | None, today: datetime.date) -> str:
+    """What stands beside a price: nothing, `undated !` or `96 days !`."""
+    if date is None:
+        return "undated !"
+    days = (today - date).days
+    return f"{days} days !" if days > STALE_DAYS else ""

@@ -1,0 +1,1 @@
+"""What to rent or buy: hardware and strategy over the whole catalog, or the largest model a budget trains."""

@@ -1,0 +1,271 @@
+"""Every offer × count × strategy: what fits, how fast, with bounds that cannot lose the answer.
+
+1. Memory first. It does not depend on who sells the accelerator, so it is computed once for a number of
+   ranks and compared with what each accelerator has.
+2. A bound on time: the compute of the whole model on one accelerator, at the best shape there is, shared
+   by all of them without loss. Whatever is sent, recomputed or waited for comes on top.
+3. Points in the order of their bounds. One whose bound is already beaten in time and money by something
+   found, or breaks a limit, is not timed. What is left out is never on the front (tested).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from outlay.planner.estimate.candidates import Array, Candidates
+from outlay.planner.estimate.communication import link_domain
+from outlay.planner.estimate.efficiency import Efficiency, efficiency_for
+from outlay.planner.estimate.estimator import Estimates, evaluate_memory, with_step
+from outlay.planner.estimate.interval import TIGHT_RISK, interval, risk_above, verdict_index
+from outlay.planner.jobs import default_precision
+from outlay.planner.rules import Context
+from outlay.planner.search import fewest_broken, ranked
+from outlay.planner.size.offers import Offer, cluster_of_offer, node_counts, shape_of
+from outlay.planner.space import Target, candidates_for, divisors, spread_of
+from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.job import Job
+from outlay.planner.spec.model import ModelSpec
+from outlay.planner.spec.strategy import Strategy
+from outlay.profiles.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What is sized, and within what."""
+
+    spec: ModelSpec
+    job: Job
+    """Its precision holds where `precision_given`; else each accelerator has its own default."""
+    target: Target
+    fixed: dict[str, int] = field(default_factory=dict)
+    most_ranks: int
+    deadline_s: float | None = None
+    precision_given: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """The best strategy of one piece of hardware."""
+
+    cluster: Cluster
+    job: Job
+    strategy: Strategy
+    step_s: float
+    step_low_s: float
+    step_high_s: float
+    device_bytes: float
+    low_bytes: float
+    high_bytes: float
+    risk: float
+    parts: dict[str, float]
+    fitting: int
+    considered: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TooSmall:
+    """Nothing fits there: the smallest strategy that is allowed, with its numbers."""
+
+    cluster: Cluster
+    job: Job
+    strategy: Strategy | None
+    """Null = no strategy is allowed at all."""
+    device_bytes: float
+    high_bytes: float
+    risk: float
+    considered: int
+    parts: dict[str, float] = field(default_factory=dict)
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A shape of hardware at one size, and who sells it."""
+
+    offers: tuple[Offer, ...]
+    nodes: int
+    cluster: Cluster
+    job: Job
+    bound_s: float
+    """No strategy ends the whole run in less."""
+
+
+class Sizer:
+    """Remembers what several points share."""
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.considered = 0
+        self.fitting = 0
+        self._legal: dict[tuple[object, ...], tuple[Candidates, int]] = {}
+        self._memory: dict[tuple[object, ...], Estimates] = {}
+        self._floor: dict[tuple[str, str], float] = {}
+        self._figures: dict[str, Efficiency] = {}
+
+    def forget(self) -> None:
+        """What was remembered holds for one batch size."""
+        self._legal.clear()
+        self._memory.clear()
+        self._floor.clear()
+
+    def job_on(self, cluster: Cluster) -> Job:
+        if self.ask.precision_given:
+            return self.ask.job
+        precision = default_precision(cluster)[0]
+        return dataclasses.replace(self.ask.job, precision=precision)  # type: ignore[arg-type]
+
+    def figures(self, cluster: Cluster) -> Efficiency:
+        name = cluster.accelerator.name
+        if name not in self._figures:
+            self._figures[name] = efficiency_for(cluster.accelerator)
+        return self._figures[name]
+
+    def memory(self, cluster: Cluster, job: Job) -> tuple[Estimates | None, int]:
+        """(memory of every strategy that is allowed, how many were looked at)."""
+        ask, a = self.ask, cluster.accelerator
+        key = (cluster.ranks, link_domain(cluster), cluster.kind, a.deepspeed, job.precision)
+        if key not in self._legal:
+            self._legal[key] = candidates_for(ask.spec, job, cluster, ask.fixed, target=ask.target)
+        legal, looked = self._legal[key]
+        if not len(legal):
+            return None, looked
+        figures = self.figures(cluster)
+        sizes = tuple(figures[k] for k in sorted(figures) if k.startswith("memory."))
+        whole = (*key, sizes)
+        if whole not in self._memory:
+            self._memory[whole] = evaluate_memory(
+                ask.spec, job, cluster, legal, software=ask.target.software_on(cluster)
+            )
+        return self._memory[whole], looked
+
+    def best(self, cluster: Cluster, job: Job) -> Timed | TooSmall | None:
+        """The fastest strategy that fits with at most 5 % risk; None where the speed is unknown."""
+        e, looked = self.memory(cluster, job)
+        if e is None:
+            return TooSmall(
+                cluster=cluster, job=job, strategy=None, device_bytes=0.0, high_bytes=0.0, risk=1.0,
+                considered=looked, why=self._refused(cluster, job),
+            )  # fmt: skip
+        e = self._risked(e, cluster)
+        fits = np.flatnonzero(e.risk <= TIGHT_RISK)
+        if not fits.size:
+            return _too_small(e, cluster, job, looked)
+        timed = with_step(
+            self.ask.spec, job, cluster, e.take(fits), software=self.ask.target.software_on(cluster)
+        )
+        if timed.step is None:
+            return None
+        return _timed(timed, int(ranked(timed, len(timed))[0]), cluster, job, looked)
+
+    def _risked(self, e: Estimates, cluster: Cluster) -> Estimates:
+        """The same memory against what this accelerator has."""
+        figures = self.figures(cluster)
+        width, limit = figures["interval.memory_fraction"], float(cluster.usable_bytes)
+        risk = risk_above(e.memory.least, limit, width)
+        low, high = interval(e.memory.device, width)
+        return dataclasses.replace(
+            e, risk=risk, memory_low=low, memory_high=high, figures=figures,
+            verdict=verdict_index(risk, risk_above(e.memory.device, limit, width)),
+        )  # fmt: skip
+
+    def _refused(self, cluster: Cluster, job: Job) -> str:
+        """The rule that forbids everything."""
+        ask = self.ask
+        x = Context(spec=ask.spec, job=job, cluster=cluster)
+        space = spread_of(ask.spec, job, cluster, ask.fixed, ask.target)
+        found = fewest_broken(space, x, ask.target)
+        if not found:
+            return f"{cluster.ranks} ranks do not divide the global batch {job.global_batch}"
+        return found[0][1]
+
+    def floor_s(self, cluster: Cluster, job: Job) -> float | None:
+        """Seconds of one accelerator for one token at the best shape: kernels of forward and backward
+        alone, nothing sent, recomputed or waited for. Null where the speed is unknown."""
+        key = (cluster.accelerator.name, job.precision)
+        if cluster.rates is not None or cluster.kind == "cpu":
+            return 0.0
+        if key not in self._floor:
+            found = _floor_s(self.ask, job, cluster, self.figures(cluster))
+            if found is None:
+                return None
+            self._floor[key] = found
+        return self._floor[key]
+
+
+def _floor_s(ask: Ask, job: Job, cluster: Cluster, figures: Efficiency) -> float | None:
+    experts = max(b.mlp.experts for b in ask.spec.blocks)
+    alone = dataclasses.replace(cluster, nodes=1, inter=None)
+    heads = [b.attention.kv_heads for b in ask.spec.blocks]
+    shapes = Candidates.grid(
+        tp=[t for t in divisors(int(np.gcd.reduce(heads))) if t <= link_domain(cluster)],
+        ep=divisors(experts) if experts else [1],
+        micro_batch=divisors(job.global_batch),
+    )
+    shapes = dataclasses.replace(shapes, dp=shapes.ep, grad_accum=np.ones(len(shapes), np.int64))
+    e = evaluate_memory(ask.spec, job, alone, shapes, software=ask.target.software_on(cluster))
+    timed = with_step(ask.spec, job, alone, e, software=ask.target.software_on(cluster))
+    if timed.step is None:
+        return None
+    kernels = timed.step.parts["forward"] + timed.step.parts["backward"]
+    tokens = shapes.micro_batch * job.seq_len
+    a_token: Array = kernels * shapes.tp / tokens
+    return float(a_token.min())
+
+
+def _timed(e: Estimates, i: int, cluster: Cluster, job: Job, looked: int) -> Timed:
+    assert e.step is not None
+    assert e.step_low is not None
+    assert e.step_high is not None
+    return Timed(
+        cluster=cluster, job=job, strategy=e.candidates.strategy(i),
+        step_s=float(e.step.time_s[i]), step_low_s=float(e.step_low[i]), step_high_s=float(e.step_high[i]),
+        device_bytes=float(e.memory.device[i]), low_bytes=float(e.memory_low[i]),
+        high_bytes=float(e.memory_high[i]), risk=float(e.risk[i]),
+        parts={k: float(v[i]) for k, v in e.memory.parts.items()},
+        fitting=len(e), considered=looked,
+    )  # fmt: skip
+
+
+def _too_small(e: Estimates, cluster: Cluster, job: Job, looked: int) -> TooSmall:
+    i = int(np.argmin(e.memory.device))
+    return TooSmall(
+        cluster=cluster, job=job, strategy=e.candidates.strategy(i),
+        device_bytes=float(e.memory.device[i]), high_bytes=float(e.memory_high[i]),
+        risk=float(e.risk[i]), considered=looked,
+        parts={k: float(v[i]) for k, v in e.memory.parts.items()},
+    )  # fmt: skip
+
+
+def points_of(sizer: Sizer, offers: list[Offer]) -> tuple[list[Point], dict[str, str]]:
+    """(shapes of hardware with their bounds, least first; accelerators left out → why)."""
+    ask = sizer.ask
+    by_shape: dict[tuple[object, ...], list[Offer]] = {}
+    for offer in offers:
+        by_shape.setdefault(shape_of(offer), []).append(offer)
+    points, left_out = [], {}
+    for group in by_shape.values():
+        one = group[0]
+        for nodes in node_counts(one, ask.most_ranks):
+            cluster = cluster_of_offer(one, nodes)
+            if isinstance(cluster, str):
+                left_out[one.accelerator.name] = cluster
+                break
+            try:
+                job = sizer.job_on(cluster)
+            except UsageError as error:
+                left_out[one.accelerator.name] = error.what
+                break
+            floor = sizer.floor_s(cluster, job)
+            if floor is None:
+                left_out[one.accelerator.name] = f"no {job.precision} rate is known"
+                break
+            points.append(
+                Point(
+                    offers=tuple(group), nodes=nodes, cluster=cluster, job=job,
+                    bound_s=floor * job.tokens / cluster.ranks,
+                )
+            )  # fmt: skip
+    return points, left_out

@@ -1,0 +1,155 @@
+"""What an option costs in all, by planner/project_cost.py: set-up, evaluation, saves, failures and
+preemptions around the steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from outlay.planner.cost import Range
+from outlay.planner.project_cost import (
+    Assumption,
+    CostAssumptions,
+    Terms,
+    lost_fraction,
+    project_cost,
+)
+from outlay.planner.size.engine import Timed
+from outlay.planner.size.offers import Offer
+from outlay.profiles.offers import carbon_intensities
+
+MOST_LOST = 0.9
+"""A machine that is taken away so often that less than a tenth of the time is work is no option."""
+MINIMUM_H = 1.0
+"""Billed at least: the usual hour."""
+INCLUDED = (
+    "set-up and download", "evaluation and saves", "failures and spot preemptions", "hourly minimum",
+)  # fmt: skip
+NOT_INCLUDED = ("storage", "egress", "tax", "attempts that fail for other reasons")
+_DEFAULT = CostAssumptions()
+_EXPECTED = {name: a.expected for name, a in vars(_DEFAULT).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """The whole project on one piece of hardware under one kind of price."""
+
+    terms: str
+    """on_demand | spot | reserved | owned."""
+    usd_per_h: float | None
+    """Of all the hardware."""
+    hours: Range
+    usd: Range | None
+    energy_kwh: float | None
+    co2e_kg: float | None
+    accelerator_hours: float
+
+
+def _terms(kind: str, usd_per_h: float | None, offer: Offer) -> Terms:
+    price = None if usd_per_h is None else Range(low=usd_per_h, expected=usd_per_h, high=usd_per_h)
+    return Terms(
+        kind=kind, price_usd_per_h=price, minimum_h=MINIMUM_H, kgco2e_per_kwh=kg_a_kwh(offer)  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def least_hours(steps_h: float, terms: str, nodes: int, accelerators: int) -> tuple[float, float]:
+    """(hours, hours billed) of a project whose steps take no less than `steps_h`, at expected figures."""
+    bare = Terms(kind=terms, price_usd_per_h=None)  # type: ignore[arg-type]
+    lost = float(lost_fraction(bare, nodes, accelerators, _EXPECTED))
+    if lost > MOST_LOST:
+        return math.inf, math.inf
+    work = steps_h * (1.0 + _EXPECTED["evaluation_fraction"]) / (1.0 - lost)
+    hours = _EXPECTED["setup_h"] + work
+    return hours, max(hours, MINIMUM_H)
+
+
+def kg_a_kwh(offer: Offer) -> float | None:
+    """What electricity emits where the node stands; null where its region has no figure."""
+    region = offer.node.region if offer.node is not None else None
+    found = carbon_intensities().get(region) if region else None
+    return None if found is None else found.gco2e_per_kwh / 1e3
+
+
+def totals(
+    timed: Timed, offer: Offer, nodes: int, assumed: CostAssumptions | None = None
+) -> list[Total]:
+    """One for each kind of price that the offer has; one without money where it has none. Prices under
+    which interruptions may leave no time for work are left out."""
+    steps, ranks = timed.job.steps, timed.cluster.ranks
+    training = Range(
+        low=timed.step_low_s * steps, expected=timed.step_s * steps, high=timed.step_high_s * steps
+    )
+    rows = []
+    for kind, usd in offer.usd_per_h.items() or [("owned", None)]:
+        whole = None if usd is None else usd * nodes
+        terms = _terms(kind, whole, offer)
+        cost = project_cost(
+            terms, training, accelerators=ranks, nodes=nodes, tdp_w=timed.cluster.accelerator.tdp_w,
+            assumptions=assumed,
+        )  # fmt: skip
+        if not math.isfinite(float(cost.wall_s.high)):
+            continue
+        if float(lost_fraction(terms, nodes, ranks, _EXPECTED)) > MOST_LOST:
+            continue
+        hours = {k: float(v) / 3600.0 for k, v in dataclasses.asdict(cost.wall_s).items()}
+        rows.append(
+            Total(
+                terms=kind, usd_per_h=whole, hours=Range(**hours), usd=_plain(cost.cost_usd),
+                energy_kwh=_middle(cost.energy_kwh), co2e_kg=_middle(cost.co2e_kg),
+                accelerator_hours=float(cost.gpu_hours.expected),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _plain(value: Range | None) -> Range | None:
+    if value is None:
+        return None
+    return Range(low=float(value.low), expected=float(value.expected), high=float(value.high))
+
+
+def _middle(value: Range | None) -> float | None:
+    return None if value is None else float(value.expected)
+
+
+def project_assumptions() -> list[dict[str, Any]]:
+    """Each assumption with its ends and its source."""
+    return [{"what": name, **dataclasses.asdict(a)} for name, a in vars(_DEFAULT).items()]
+
+
+def changes_most(timed: Timed, offer: Offer, nodes: int, terms: str) -> list[dict[str, Any]]:
+    """How much each assumption changes the total between its ends, the largest first."""
+
+    def usd(t: Timed, assumed: CostAssumptions | None = None) -> float | None:
+        found = [x for x in totals(t, offer, nodes, assumed) if x.terms == terms]
+        return found[0].usd.expected if found and found[0].usd else None
+
+    now = usd(timed)
+    if now is None:
+        return []
+    ends = [
+        usd(dataclasses.replace(timed, step_s=s)) for s in (timed.step_low_s, timed.step_high_s)
+    ]
+    rows = [_change("step time", "step time within its 90 % interval", ends, now)]
+    for name, a in vars(_DEFAULT).items():
+        fixed = [Assumption(low=v, expected=v, high=v, source=a.source) for v in (a.low, a.high)]
+        ends = [usd(timed, dataclasses.replace(_DEFAULT, **{name: f})) for f in fixed]
+        words = name.replace("_", " ")
+        rows.append(
+            _change(name, f"{words} {a.expected:.3g} ({a.low:.3g} to {a.high:.3g})", ends, now)
+        )
+    known = [r for r in rows if r is not None and r["high_usd"] / r["low_usd"] - 1 >= 0.005]
+    return sorted(known, key=lambda r: r["low_usd"] - r["high_usd"])
+
+
+def _change(what: str, text: str, ends: list[float | None], now: float) -> dict[str, Any] | None:
+    known = sorted(v for v in ends if v is not None)
+    if len(known) < 2:
+        return None
+    low, high = known
+    return {
+        "what": what, "low_usd": low, "high_usd": high,
+        "says": f"{text}: {low / now - 1:+.0%} {high / now - 1:+.0%}",
+    }  # fmt: skip
