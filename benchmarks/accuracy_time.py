@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy_time [FILE.csv…]
 
 Errors are those of the figures as they are in profiles/efficiency, so of a fit that saw the rows it is
-shown; what a source costs that was never seen is printed by benchmarks/calibrate.py, and stands in
+shown; what a source costs that was never seen is printed by `outlay calibrate`, and stands in
 docs/accuracy.md (benchmarks/accuracy.py).
 """
 
@@ -20,8 +20,8 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.calibrate import coverage
 from outlay.planner.calibrate import Row, calibrate, load
+from outlay.planner.calibration import coverage
 from outlay.planner.cases import evaluate_case
 from outlay.planner.estimate.candidates import Array
 from outlay.planner.hardware import read_cluster

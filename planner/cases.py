@@ -258,7 +258,9 @@ def _with_unstated(case: Case, row: Mapping[str, str]) -> Case:
     if len(choices) == 1:
         return case
     candidates = Candidates.of(choices)
-    found = evaluate(case.spec, case.job, case.cluster, candidates, software=case.software)
+    found = evaluate(
+        case.spec, case.job, case.cluster, candidates, software=case.software, own=False
+    )
     fits = np.flatnonzero(found.verdict < VERDICTS.index("no"))
     return replace(case, strategy=choices[int(fits[0]) if len(fits) else -1], stated=case.strategy)
 
@@ -266,7 +268,7 @@ def _with_unstated(case: Case, row: Mapping[str, str]) -> Case:
 def evaluate_case(case: Case) -> Estimates:
     """The case's one candidate, under its own software's conventions."""
     both = Candidates.of([case.strategy, case.stated or case.strategy])
-    found = evaluate(case.spec, case.job, case.cluster, both, software=case.software)
+    found = evaluate(case.spec, case.job, case.cluster, both, software=case.software, own=False)
     time = found.take(np.array([1]))
     return replace(
         found.take(np.array([0])), step=time.step, step_low=time.step_low, step_high=time.step_high

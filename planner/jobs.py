@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outlay.planner.amount import Notes, amount_of, finetune_of, fraction_of, project_note
+from outlay.planner.amount import data_of as data_of
+from outlay.planner.amount import tokens_of as tokens_of
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.files import parse, read_mapping
-from outlay.planner.spec.job import SCHEMA_JOB, Budget, Data, Job, Optimizer, Schedule
+from outlay.planner.spec.job import SCHEMA_JOB, Budget, Data, Finetune, Job, Optimizer, Schedule
 from outlay.planner.spec.model import ModelSpec
 from outlay.profiles.errors import FileError, UsageError
 from outlay.profiles.units import parse_count
@@ -21,16 +24,22 @@ class JobFile:
     model: str | None = None
     hardware: str | None = None
     data: Data | str | None = None
+    epochs: float | None = None
+    tokenizer: str | None = None
+    packing: bool | None = None
     tokens: str | int | None = None
     steps: int | None = None
     seq_len: int | None = None
     global_batch: int | None = None
     precision: str | None = None
     optimizer: Optimizer | str | None = None
+    finetune: Finetune | str | None = None
     schedule: Schedule | None = None
     gradient_clipping: float | None = None
     attention: str | None = None
     budget: tuple[str, ...] | str | None = None
+    attempts: int | None = None
+    pilot: str | float | None = None
     price_usd_per_h: float | None = None
     inter_node_gbps: float | None = None
     seed: int | None = None
@@ -51,8 +60,6 @@ DEFAULT_SEQ_LEN = 2048
 DEFAULT_TOKENS = 1_000_000_000
 DEFAULT_BATCH_PER_RANK = 8
 MOST_TOKENS = 10**16
-DATASET_FILE = "dataset.json"
-"""What marks a folder of prepared tokens (runner/data/prepare.py writes it)."""
 CLEARLY_FASTER = 2.0
 """bf16 on CPU must multiply that much faster than fp32 to be chosen: its casts, and operators that
 compute in fp32 all the same, use up less."""
@@ -66,6 +73,8 @@ def read_job_file(path: str | Path) -> JobFile:
     file = parse(JobFile, value, path=path)
     if file.tokens is not None and file.steps is not None:
         raise FileError("give tokens or steps, not both", where=str(path))
+    if file.epochs is not None and (file.tokens is not None or file.steps is not None):
+        raise FileError("give epochs, tokens or steps, not two of them", where=str(path))
     return file
 
 
@@ -74,10 +83,11 @@ def merge(file: JobFile, flags: dict[str, Any]) -> JobFile:
     given = {k: v for k, v in flags.items() if v not in (None, ())}
     if "steps" in given and "tokens" in given:
         raise UsageError("give --tokens or --steps, not both")
-    if "steps" in given:
-        given.setdefault("tokens", None)
-    elif "tokens" in given:
-        given.setdefault("steps", None)
+    length = [k for k in ("steps", "tokens", "epochs") if k in given]
+    if len(length) > 1:
+        raise UsageError("give --epochs, --tokens or --steps, not two of them")
+    if length:
+        given |= {k: None for k in ("steps", "tokens", "epochs") if k not in length}
     values = {name: getattr(file, name) for name in JobFile.__dataclass_fields__}
     return JobFile(**(values | given))
 
@@ -105,22 +115,30 @@ def _positive_count(text: str | int) -> int:
     return tokens
 
 
-def data_of(value: Data | str | None) -> Data | None:
-    """A path: a folder that `outlay data prepare` wrote holds tokens, anything else is text."""
-    if not isinstance(value, str):
-        return value
-    prepared = (Path(value).expanduser() / DATASET_FILE).is_file()
-    return Data(path=value, format="tokens" if prepared else "text")
-
-
-def tokens_of(data: Data) -> int | None:
-    """Training tokens of a prepared folder; null for text, which is counted when it is prepared."""
-    path = Path(data.path).expanduser() / DATASET_FILE
-    if data.format != "tokens" or not path.is_file():
-        return None
-    train = read_mapping(path).get("train")
-    tokens = train.get("tokens") if isinstance(train, dict) else None
-    return tokens if isinstance(tokens, int) and tokens > 0 else None
+def _length(file: JobFile, data: Data | None, seq_len: int, batch: int) -> tuple[int, Notes]:
+    """(steps, what was counted or assumed for them); the data is counted where that says something."""
+    said_otherwise = file.steps is not None or file.tokens is not None
+    if said_otherwise and file.packing is None and file.epochs is None:
+        amount, notes = None, list[dict[str, Any]]()
+    else:
+        packing = file.packing is not False
+        amount, notes = amount_of(data, file.epochs, packing=packing, seq_len=seq_len)
+    if file.steps is not None:
+        return file.steps, notes
+    if amount is not None and file.tokens is None:
+        steps, source = amount.steps(batch)
+        # a length that was asked for is no default: a budget may not shorten it
+        asked = file.epochs is not None
+        note = {
+            "what": "length" if asked else "steps", "value": f"{steps:,} steps" if asked else steps,
+            "source": source if asked else f"default: {source}",
+        }  # fmt: skip
+        return steps, [*notes, note]
+    if file.tokens is None:
+        source = "default: a round number, to give the run a length"
+        notes.append({"what": "tokens", "value": DEFAULT_TOKENS, "source": source})
+    tokens = DEFAULT_TOKENS if file.tokens is None else _positive_count(file.tokens)
+    return max(1, -(-tokens // (seq_len * batch))), notes
 
 
 def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
@@ -154,27 +172,29 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
     precision = file.precision or default("precision", *default_precision(cluster))
-    data = data_of(file.data)
-    if file.steps is not None:
-        steps = file.steps
-    elif file.tokens is None and data is not None and (found := tokens_of(data)):
-        steps = default(
-            "steps", max(1, found // (seq_len * batch)), f"one epoch of the data's {found:,} tokens"
-        )
-    else:
-        tokens = _positive_count(file.tokens) if file.tokens is not None else default(
-            "tokens", DEFAULT_TOKENS, "a round number, to give the run a length"
-        )  # fmt: skip
-        steps = max(1, -(-tokens // (seq_len * batch)))
+    data = data_of(file.data, file.tokenizer)
+    steps, said = _length(file, data, seq_len, batch)
+    notes += said
     if steps < 1:
         raise UsageError(f"steps must be at least 1, not {steps}")
     optimizer = file.optimizer
     if isinstance(optimizer, str):
         optimizer = parse(Optimizer, {"name": optimizer}, path="--optimizer")
+    finetune, said = finetune_of(file.finetune, spec)
+    pilot = fraction_of(file.pilot)
+    notes += said + project_note(file.attempts, pilot)
     budget = (file.budget,) if isinstance(file.budget, str) else (file.budget or ())
     extra: dict[str, Any] = {
         k: v
-        for k in ("schedule", "gradient_clipping", "attention", "seed", "eval_every", "save_every")
+        for k in (
+            "schedule",
+            "gradient_clipping",
+            "attention",
+            "seed",
+            "eval_every",
+            "save_every",
+            "attempts",
+        )
         if (v := getattr(file, k)) is not None
     }
     value = {
@@ -185,6 +205,9 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
         "precision": precision,
         "optimizer": optimizer or Optimizer(),
         "data": data,
+        "finetune": finetune,
+        "packing": file.packing is not False,
+        "pilot_fraction": pilot,
         "budget": tuple(Budget.parse(text) for text in budget),
         **extra,
     }

@@ -9,6 +9,12 @@ import click
 
 from outlay.planner.estimate.candidates import CHECKPOINTING, LOSS, OFFLOAD
 
+OPTIMIZERS = (
+    "adamw", "adam", "sgd", "rmsprop", "lamb", "lion", "muon", "adafactor",
+    "adamw_8bit", "paged_adamw", "paged_adamw_8bit",
+)  # fmt: skip
+"""Those whose memory is known; those that are run come first."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -36,7 +42,14 @@ def job_options(function: F) -> F:
     """What to train."""
     options: list[Callable[[F], F]] = [
         click.option(
-            "--data", help="Text file or folder, or a folder written by `outlay data prepare`."
+            "--data",
+            help=".jsonl, .csv, .parquet or .txt file, folder, or what `outlay data prepare` wrote.",
+        ),
+        click.option("--epochs", type=float, help="Times over --data, instead of --tokens; 1 where neither is given."),
+        click.option("--tokenizer", help="tokenizer.json or its folder: counts --data exactly."),
+        click.option(
+            "--packing/--no-packing", default=None,
+            help="Rows joined end to end (default), or one padded sequence each.",
         ),
         click.option("--tokens", help="Tokens to train on, e.g. 20B."),
         click.option("--steps", type=int, help="Optimizer steps, instead of --tokens."),
@@ -45,11 +58,16 @@ def job_options(function: F) -> F:
             "--global-batch", type=int, help="Sequences an optimizer step, over all ranks."
         ),
         click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"])),
-        click.option("--optimizer", type=click.Choice(["adamw", "adam", "sgd"])),
+        click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="`outlay run` takes the first three."),
+        click.option(
+            "--finetune", help="full (default), lora:r16, qlora:r16, adapter, adapter_v2; see --for."
+        ),
         click.option("--attention", type=click.Choice(["eager", "sdpa", "flash"])),
         click.option("--budget", multiple=True, help="5000usd, 72h, 100gpuh; repeatable."),
+        click.option("--attempts", type=int, help="Whole runs to pay for; 1 where not given."),
+        click.option("--pilot", help="A trial run before them, part of one: 2%."),
         click.option("--seed", type=int),
-    ]
+    ]  # fmt: skip
     return _stack(options, function)
 
 

@@ -54,6 +54,12 @@ class CostAssumptions:
         " ends guessed",
     )  # fmt: skip
     tdp_fraction: Assumption = Assumption(low=0.5, expected=0.8, high=1.0, source="guess")
+    attempts: Assumption = Assumption(
+        low=1.0, expected=1.0, high=1.0, source="one run (--attempts)"
+    )
+    pilot_fraction: Assumption = Assumption(
+        low=0.0, expected=0.0, high=0.0, source="none (--pilot)"
+    )
     pue: Assumption = Assumption(low=1.1, expected=1.3, high=1.6, source="guess")
 
 
@@ -99,20 +105,27 @@ def project_cost(
     terms: Terms, training_s: Range, *, accelerators: Numbers, nodes: Numbers, tdp_w: Numbers | None,
     assumptions: CostAssumptions | None = None,
 ) -> ProjectCost:  # fmt: skip
-    """The whole project; infinite where interruptions leave no time for work."""
+    """All attempts and the pilot, each set up and billed apart; infinite where interruptions leave no time
+    for work."""
     taken = vars(assumptions or CostAssumptions())
     at = {end: {name: getattr(a, end) for name, a in taken.items()} for end in END}
     hours: dict[str, Any] = {}
+    starts: dict[str, float] = {}
     for end, v in at.items():
-        work = np.asarray(getattr(training_s, end)) / 3600.0 * (1.0 + v["evaluation_fraction"])
+        starts[end] = v["attempts"] + (v["pilot_fraction"] > 0)
+        one = np.asarray(getattr(training_s, end)) / 3600.0 * (1.0 + v["evaluation_fraction"])
+        work = one * (v["attempts"] + v["pilot_fraction"])
         with np.errstate(divide="ignore"):
-            hours[end] = v["setup_h"] + work / (1.0 - lost_fraction(terms, nodes, accelerators, v))
+            hours[end] = v["setup_h"] * starts[end] + work / (
+                1.0 - lost_fraction(terms, nodes, accelerators, v)
+            )
     wall = Range(**{end: h * 3600.0 for end, h in hours.items()})
     gpu_hours = Range(**{end: h * accelerators for end, h in hours.items()})
     price = terms.price_usd_per_h
     cost = energy = co2e = None
     if price is not None:
-        cost = _scaled(price, {end: np.maximum(h, terms.minimum_h) for end, h in hours.items()})
+        billed = {e: np.maximum(h, terms.minimum_h * starts[e]) for e, h in hours.items()}
+        cost = _scaled(price, billed)
     if tdp_w is not None:
         watts = {end: tdp_w * v["tdp_fraction"] * v["pue"] / 1e3 for end, v in at.items()}
         energy = _scaled(gpu_hours, watts)

@@ -241,19 +241,26 @@ def not_run_by_deepspeed(c: Candidates, x: Context) -> Array:
     return np.asarray((c.vpp > 1) | (c.cp > 1))
 
 
+OFFLOADED = ("adam", "adamw")
+"""Optimizers that DeepSpeed has a step on the host for, as `outlay run` uses it."""
+
+
 @_rule(
     "runner_does_not_yet",
     "runner",
-    "outlay run executes ZeRO 0-3, data parallel and pipeline; the others are a later capability",
+    "outlay run executes ZeRO 0-3, their offload to the host, data parallel and pipeline; the others are "
+    "a later capability",
     lambda s, x: (
-        "outlay run does not execute tensor, sequence or expert parallel, Megatron sequence parallel, "
-        "offload, selective or partial checkpointing, or a fused loss yet"
+        "outlay run does not execute tensor, sequence or expert parallel, Megatron sequence parallel, offload "
+        f"to NVMe, in a pipeline, of weights alone or of another optimizer than {' or '.join(OFFLOADED)}, "
+        "selective or partial checkpointing, or a fused loss yet"
     ),
 )
 def runner_does_not_yet(c: Candidates, x: Context) -> Array:
     return np.asarray(
         (c.tp > 1) | (c.sp > 1) | (c.ep > 1) | (c.sequence_parallel > 0)
-        | (c.offload_optimizer > 0) | (c.offload_param > 0)
+        | (c.offload_optimizer > 1) | (c.offload_param > c.offload_optimizer)
+        | ((c.offload_optimizer > 0) & ((c.pp > 1) | (x.job.optimizer.name not in OFFLOADED)))
         | (c.activation_checkpointing == 1) | (c.recompute_layers >= 0) | (c.loss > 0)
     )  # fmt: skip
 
@@ -271,6 +278,37 @@ PIPELINE_FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 def runner_trains_causal_models(c: Candidates, x: Context) -> Array:
     causal = all(block.attention.causal for block in x.spec.blocks)
     return np.full(len(c), x.spec.encoder_decoder or not causal or not x.spec.has_head)
+
+
+@_rule(
+    "runner_trains_all_weights",
+    "runner",
+    "runner/ builds no adapters and loads no quantized weights",
+    lambda s, x: (
+        "outlay run trains all weights: adapters are estimated for a trainer of one's own; "
+        "`plan` and `size` take them with --for deepspeed"
+    ),
+)
+def runner_trains_all_weights(c: Candidates, x: Context) -> Array:
+    return np.full(len(c), x.job.finetune is not None)
+
+
+ROWS = (".jsonl", ".ndjson", ".csv", ".parquet")
+
+
+@_rule(
+    "runner_trains_packed_text",
+    "runner",
+    "runner/data/prepare.py: text end to end, cut at the sequence length; a file is one document",
+    lambda s, x: (
+        "outlay run trains on packed tokens of text files: rows of "
+        + ", ".join(ROWS)
+        + " and padded rows (--no-packing) are estimated for a trainer of one's own; --for deepspeed takes them"
+    ),
+)
+def runner_trains_packed_text(c: Candidates, x: Context) -> Array:
+    rows = x.job.data is not None and x.job.data.path.lower().endswith(ROWS)
+    return np.full(len(c), rows or not x.job.packing)
 
 
 @_rule(

@@ -139,10 +139,12 @@ def _parallel(
                 yield tp, pp, vpp, cp, sp, ep, dp
 
 
-def _states(fixed: dict[str, int], target: Target) -> list[tuple[int, int, int]]:
-    """(zero, offload_optimizer, offload_param). NVMe only where it is asked for."""
+def _states(fixed: dict[str, int], target: Target, cluster: Cluster) -> list[tuple[int, int, int]]:
+    """(zero, offload_optimizer, offload_param). NVMe only where it is asked for; on a CPU the host too,
+    for nothing would move."""
     zeros = [fixed["zero"]] if "zero" in fixed else list(target.zero)
-    host = (0, OFFLOAD.index("cpu")) if target.name != "megatron" else (0,)
+    elsewhere = target.name != "megatron" and cluster.kind != "cpu"
+    host = (0, OFFLOAD.index("cpu")) if elsewhere else (0,)
     optimizers = (fixed["offload_optimizer"],) if "offload_optimizer" in fixed else host
     weights = (fixed["offload_param"],) if "offload_param" in fixed else host
     return list(itertools.product(zeros, optimizers, weights))
@@ -152,7 +154,7 @@ def _spread(
     spec: ModelSpec, job: Job, cluster: Cluster, fixed: dict[str, int], target: Target
 ) -> Candidates:
     parallel = list(_parallel(spec, job, cluster, fixed, target))
-    states = _states(fixed, target)
+    states = _states(fixed, target, cluster)
     names = ("tp", "pp", "vpp", "cp", "sp", "ep", "dp")
     p = np.array(parallel, np.int64).reshape(-1, len(names))
     s = np.array(states, np.int64).reshape(-1, 3)

@@ -3,24 +3,24 @@
     instances/*.csv     one file a provider, one row a node that can be rented
     carbon.csv, electricity.csv
 
-Prices age: each row has its date, and `read_instances` takes a person's own in the same columns.
+Prices age: each row has its date. A person's own rows, in the same columns, lie over ours
+(`own_offers`).
 """
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
 
-from outlay.profiles.errors import FileError, UnknownName, UsageError
+from outlay.profiles.errors import UnknownName, UsageError
+from outlay.profiles.rows import Row, read_rows
 from outlay.profiles.units import GIB
 
-T = TypeVar("T")
+OURS = "outlay"
+"""Origin of the rows that are shipped."""
 
 INTERCONNECTS = (
     "none", "pcie", "nvlink", "nvlink-pairs", "nvswitch", "xgmi", "ici", "neuronlink",
@@ -57,6 +57,13 @@ class Instance:
     reserved_date: str | None
     source: str
     note: str
+    origin: str = OURS
+    """Which catalog the row is from: OURS, or the name of a file in the person's own layer."""
+
+    @property
+    def key(self) -> tuple[str, str, str | None]:
+        """What makes a row the same as another: the later one replaces it."""
+        return self.provider, self.name.lower(), self.region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,56 +107,8 @@ def package_files(folder: str, ending: str) -> list[str]:
     return sorted(f"{folder}/{f.name}" for f in found if f.name.endswith(ending))
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of a CSV file; empty = null, and an error names file, line and column."""
-
-    cells: dict[str, str | None]
-    where: str
-
-    def maybe(self, column: str) -> str | None:
-        if column not in self.cells:
-            raise FileError(f"there is no column {column}", where=self.where)
-        return self.cells[column] or None
-
-    def text(self, column: str) -> str:
-        value = self.maybe(column)
-        if value is None:
-            raise FileError("is empty", where=f"{self.where}: {column}")
-        return value
-
-    def number(self, column: str, unit: float = 1.0) -> float | None:
-        value = self.maybe(column)
-        if value is None:
-            return None
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not 0 <= number < math.inf:
-            raise FileError(
-                f"{value!r} is not a number of at least 0", where=f"{self.where}: {column}"
-            )
-        return number * unit
-
-    def whole(self, column: str, unit: float = 1.0) -> int | None:
-        number = self.number(column, unit)
-        return None if number is None else round(number)
-
-    def need(self, column: str) -> float:
-        self.text(column)
-        return self.number(column) or 0.0
-
-
-def _read_rows(text: str, where: str, build: Callable[[_Row], T]) -> tuple[T, ...]:
-    """CSV with `#` comment lines at its head."""
-    lines = text.splitlines()
-    skip = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    reader = csv.DictReader(lines[skip:])
-    return tuple(build(_Row(row, f"{where}:{skip + reader.line_num}")) for row in reader)
-
-
-def _instance(row: _Row) -> Instance:
+def instance_of(row: Row) -> Instance:
+    """A row of `instances/*.csv`."""
     link = row.maybe("interconnect")
     if link is not None and link not in INTERCONNECTS:
         raise UnknownName("interconnect", link, INTERCONNECTS, where=row.where)
@@ -158,7 +117,7 @@ def _instance(row: _Row) -> Instance:
         name=row.text("name"),
         region=row.maybe("region"),
         accelerator=row.text("accelerator"),
-        count=round(row.need("count")),
+        count=row.count("count"),
         vcpus=row.whole("vcpus"),
         ram_bytes=row.whole("ram_gib", GIB),
         nvme_bytes=row.whole("nvme_gb", 1e9),
@@ -177,22 +136,63 @@ def _instance(row: _Row) -> Instance:
 
 
 def read_instances(path: Path) -> tuple[Instance, ...]:
-    """Prices of one's own: a CSV file with the columns of `profiles/instances/*.csv`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FileError("cannot be read", where=str(path), why=str(error)) from None
-    return _read_rows(text, str(path), _instance)
+    """Prices of one's own: a CSV or YAML file with the columns of `instances/*.csv`."""
+    from outlay.profiles.own_offers import read_own
+
+    return read_own(path)
 
 
 @cache
-def instances() -> tuple[Instance, ...]:
-    """Every node of the catalog, by provider."""
+def shipped_instances() -> tuple[Instance, ...]:
+    """Every node of the catalog that is shipped, by provider."""
     return tuple(
         node
         for name in package_files("instances", ".csv")
-        for node in _read_rows(package_text(name), name, _instance)
+        for node in read_rows(package_text(name), name, instance_of)
     )
+
+
+def instances() -> tuple[Instance, ...]:
+    """Every node for rent: what is shipped, with the person's own layer over it.
+
+    A row of the layer replaces ours of that provider, name and region; one without a region
+    replaces ours in every region.
+    """
+    # Imported here: the layer's rows are checked against the accelerators, whose module needs this.
+    from outlay.profiles.own_offers import layer_files
+
+    return _layered(layer_files())
+
+
+@cache
+def _layered(layer: tuple[tuple[Path, int, int], ...]) -> tuple[Instance, ...]:
+    """Keyed by the layer's files with their times and sizes, so that a new import is seen."""
+    if not layer:
+        return shipped_instances()
+    from outlay.profiles.own_offers import read_own
+
+    found = {node.key: node for node in shipped_instances()}
+    shapes = {node.key[:2]: node for node in shipped_instances()}
+    for path, _, _ in layer:
+        for node in read_own(path, origin=path.name):
+            if node.region is None:
+                replaced = [
+                    k for k, n in found.items() if n.origin == OURS and k[:2] == node.key[:2]
+                ]
+                for key in replaced:
+                    del found[key]
+            shape = shapes.get(node.key[:2])
+            found[node.key] = node if shape is None else _with_shape(node, shape)
+    return tuple(found.values())
+
+
+def _with_shape(own: Instance, shape: Instance) -> Instance:
+    """A price of one's own for a node that is known: what it leaves out of the shape is filled in."""
+    if (own.accelerator, own.count) != (shape.accelerator, shape.count):
+        return own
+    fields = ("vcpus", "ram_bytes", "nvme_bytes", "interconnect", "inter_node_bytes_per_s")
+    gaps = {name: getattr(shape, name) for name in fields if getattr(own, name) is None}
+    return dataclasses.replace(own, **gaps)
 
 
 def instance(provider: str, name: str, region: str | None = None) -> Instance:
@@ -210,6 +210,8 @@ def instance(provider: str, name: str, region: str | None = None) -> Instance:
             regions = {node.region or "(no region)" for node in found}
             raise UnknownName(f"region of {provider.lower()}/{name}", region, regions)
         found = here
+    # A person's own price is meant before one of ours in another region.
+    found = [node for node in found if node.origin != OURS] or found
     if len(found) > 1:
         raise UsageError(
             f"{provider}/{name} is priced in several regions",
@@ -221,18 +223,18 @@ def instance(provider: str, name: str, region: str | None = None) -> Instance:
 @cache
 def carbon_intensities() -> dict[str, CarbonIntensity]:
     """By region."""
-    rows = _read_rows(package_text("carbon.csv"), "carbon.csv", _carbon_intensity)
+    rows = read_rows(package_text("carbon.csv"), "carbon.csv", _carbon_intensity)
     return {row.region: row for row in rows}
 
 
 @cache
 def electricity_prices() -> dict[str, ElectricityPrice]:
     """By region."""
-    rows = _read_rows(package_text("electricity.csv"), "electricity.csv", _electricity_price)
+    rows = read_rows(package_text("electricity.csv"), "electricity.csv", _electricity_price)
     return {row.region: row for row in rows}
 
 
-def _carbon_intensity(row: _Row) -> CarbonIntensity:
+def _carbon_intensity(row: Row) -> CarbonIntensity:
     return CarbonIntensity(
         region=row.text("region"),
         scope=row.text("scope"),
@@ -246,7 +248,7 @@ def _carbon_intensity(row: _Row) -> CarbonIntensity:
     )
 
 
-def _electricity_price(row: _Row) -> ElectricityPrice:
+def _electricity_price(row: Row) -> ElectricityPrice:
     return ElectricityPrice(
         region=row.text("region"),
         industrial_usd_per_kwh=row.need("industrial_usd_per_kwh"),

@@ -11,8 +11,9 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Budget
@@ -33,13 +34,33 @@ class Spent:
 
     wall_s: float
     cost_usd: float | None
+    """Null = no price is known."""
     gpu_hours: float
     fraction: float | None
-    """Of the budget that ends first; null without a budget."""
+    """Of the budget that is used up most; null without a budget."""
+    energy_kwh: float | None = None
+    """With PUE; null = not metered."""
+    co2e_kg: float | None = None
+
+
+class EnergyReading(Protocol):
+    """Energy since this attempt began. Real ones are in `energy`; tests have their own."""
+
+    source: str
+
+    def kwh(self) -> float: ...
+
+    def upper_kw(self) -> float:
+        """At most so much power from now on."""
+        ...
 
 
 class Meter:
-    """Seconds, money and accelerator hours since the run began, against its budgets."""
+    """Seconds, money, accelerator hours, energy and CO2e since the run began, against its budgets.
+
+    Money counts from the start of the supervisor, at least `minimum_s` an attempt (the shortest time
+    that is billed). What earlier attempts spent is kept as it was billed: prices may differ since.
+    """
 
     def __init__(
         self,
@@ -49,20 +70,33 @@ class Meter:
         accelerators: int,
         started_s: float,
         earlier_s: float = 0.0,
+        earlier: Spent | None = None,
+        energy: EnergyReading | None = None,
+        kgco2e_per_kwh: float | None = None,
+        minimum_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.budgets = tuple(budgets)
         self.price_usd_per_h = price_usd_per_h
         self.accelerators = accelerators
         self.started_s = started_s
-        self.earlier_s = earlier_s
+        self.energy, self.kgco2e_per_kwh, self.minimum_s = energy, kgco2e_per_kwh, minimum_s
         self._clock = clock
-        limits = {_seconds(b, price_usd_per_h, accelerators): b for b in budgets}
-        self.limit_s: float | None = min(limits, default=None)
-        self.binding: Budget | None = None if self.limit_s is None else limits[self.limit_s]
+        self.earlier = earlier or spent_at(earlier_s, price_usd_per_h, accelerators)
+        for budget in self.budgets:
+            _check_metered(budget, self)
 
     @classmethod
     def of_cluster(
-        cls, budgets: Sequence[Budget], cluster: Cluster, *, started_s: float, earlier_s: float
+        cls,
+        budgets: Sequence[Budget],
+        cluster: Cluster,
+        *,
+        started_s: float,
+        earlier: Spent,
+        energy: EnergyReading | None = None,
+        kgco2e_per_kwh: float | None = None,
+        minimum_s: float = 0.0,
     ) -> Meter:
         """All of the cluster is rented, whether the strategy uses every rank or not."""
         return cls(
@@ -70,27 +104,85 @@ class Meter:
             price_usd_per_h=cluster.price_usd_per_h,
             accelerators=cluster.ranks,
             started_s=started_s,
-            earlier_s=earlier_s,
+            earlier=earlier,
+            energy=energy,
+            kgco2e_per_kwh=kgco2e_per_kwh,
+            minimum_s=minimum_s,
         )
+
+    @property
+    def earlier_s(self) -> float:
+        return self.earlier.wall_s
 
     def elapsed_s(self) -> float:
         """Since this supervisor started."""
         return self._clock() - self.started_s
 
-    def spent(self) -> Spent:
-        wall_s = self.earlier_s + self.elapsed_s()
+    def attempt(self) -> Spent:
+        """What this attempt has used."""
+        elapsed_s = self.elapsed_s()
+        kwh = None if self.energy is None else self.energy.kwh()
         return Spent(
-            wall_s=wall_s,
-            cost_usd=None if self.price_usd_per_h is None else self.price_usd_per_h * wall_s / 3600,
-            gpu_hours=wall_s / 3600 * self.accelerators,
-            fraction=None if self.limit_s is None else wall_s / self.limit_s,
+            wall_s=elapsed_s,
+            cost_usd=self._cost_usd(elapsed_s),
+            gpu_hours=elapsed_s / 3600 * self.accelerators,
+            fraction=None,
+            energy_kwh=kwh,
+            co2e_kg=_product(kwh, self.kgco2e_per_kwh),
         )
+
+    def _cost_usd(self, elapsed_s: float) -> float | None:
+        return _product(self.price_usd_per_h, max(elapsed_s, self.minimum_s) / 3600)
+
+    def spent(self) -> Spent:
+        before, now = self.earlier, self.attempt()
+        total = Spent(
+            wall_s=before.wall_s + now.wall_s,
+            cost_usd=_sum(now.cost_usd, before.cost_usd),
+            gpu_hours=before.gpu_hours + now.gpu_hours,
+            fraction=None,
+            energy_kwh=_sum(now.energy_kwh, before.energy_kwh),
+            co2e_kg=_sum(now.co2e_kg, before.co2e_kg),
+        )
+        used = [amount_of(b, total) / b.amount for b in self.budgets]
+        return replace(total, fraction=max(used, default=None))
+
+    def _remaining_s(self, budget: Budget) -> float:
+        """Wall seconds from now until one budget is used up."""
+        elapsed_s = self.elapsed_s()
+        match budget.kind:
+            case "hours":
+                return budget.amount * 3600 - self.earlier.wall_s - elapsed_s
+            case "gpu_hours":
+                left = budget.amount - self.earlier.gpu_hours
+                return left * 3600 / self.accelerators - elapsed_s
+            case "money":
+                left = budget.amount - (self.earlier.cost_usd or 0.0)
+                assert self.price_usd_per_h is not None
+                if left < self.price_usd_per_h * self.minimum_s / 3600:
+                    return min(0.0, left)  # even the shortest bill is above it
+                return left / self.price_usd_per_h * 3600 - elapsed_s
+            case _:
+                assert self.energy is not None
+                left_kwh = budget.amount - amount_of(budget, self.spent())
+                if budget.kind == "carbon":
+                    left_kwh /= self.kgco2e_per_kwh or 1.0
+                return left_kwh / max(1e-9, self.energy.upper_kw()) * 3600
 
     def remaining_s(self) -> float | None:
         """Wall seconds until the first budget is used up; null without a budget."""
-        if self.limit_s is None:
-            return None
-        return self.limit_s - self.earlier_s - self.elapsed_s()
+        return min((self._remaining_s(b) for b in self.budgets), default=None)
+
+    @property
+    def binding(self) -> Budget | None:
+        """The budget that ends first, as it looks now."""
+        return min(self.budgets, key=self._remaining_s, default=None)
+
+    @property
+    def limit_s(self) -> float | None:
+        """Wall time of the whole run when the first budget ends."""
+        remaining_s = self.remaining_s()
+        return None if remaining_s is None else self.earlier_s + self.elapsed_s() + remaining_s
 
     def affords(self, upper_s: float) -> bool:
         """Whether something that takes at most `upper_s` ends within the budget."""
@@ -111,40 +203,82 @@ class Meter:
             f"the budget of {self.limit_text()} is too small to train anything",
             why=f"{format_seconds(max(0.0, remaining_s))} of it are left; starting and ending "
             f"takes at least {format_seconds(startup_s + SHUTDOWN_S)} ({source})",
-            do=f"raise it above {self._in_words(needed_s)}, and add the time to train in",
+            do=f"raise it above {self.in_words(needed_s)}, and add the time to train in",
         )
 
     def limit_text(self) -> str:
         """The budget that ends first, for a person."""
-        return "none" if self.limit_s is None else self._in_words(self.limit_s)
+        return "none" if self.binding is None else self.in_words(self.limit_s or 0.0)
 
-    def _in_words(self, wall_s: float) -> str:
-        """So much of what the binding budget counts."""
-        kind = None if self.binding is None else self.binding.kind
+    def in_words(self, wall_s: float) -> str:
+        """What the binding budget counts, when the whole run has taken so long."""
+        budget = self.binding
+        kind = None if budget is None else budget.kind
         if kind == "money" and self.price_usd_per_h is not None:
-            return format_usd(self.price_usd_per_h * wall_s / 3600)
+            now_s = max(wall_s - self.earlier_s, self.minimum_s)
+            return format_usd((self.earlier.cost_usd or 0) + self.price_usd_per_h * now_s / 3600)
         if kind == "gpu_hours":
             return f"{wall_s / 3600 * self.accelerators:.4g} GPU-hours"
+        if kind in ("energy", "carbon") and self.energy is not None and budget is not None:
+            more_h = (wall_s - self.earlier_s - self.elapsed_s()) / 3600
+            more_kwh = more_h * self.energy.upper_kw()
+            if kind == "energy":
+                return f"{amount_of(budget, self.spent()) + more_kwh:.4g} kWh"
+            more_kg = more_kwh * (self.kgco2e_per_kwh or 0.0)
+            return f"{amount_of(budget, self.spent()) + more_kg:.4g} kg CO2e"
         return format_seconds(wall_s)
 
 
-def _seconds(budget: Budget, price_usd_per_h: float | None, accelerators: int) -> float:
-    """How long all that is rented may run under one budget."""
-    if budget.kind == "hours":
-        return budget.amount * 3600
-    if budget.kind == "gpu_hours":
-        return budget.amount * 3600 / accelerators
-    if budget.kind != "money":
-        raise UsageError(
-            f"a budget of {budget.kind} is not metered yet, so it cannot be kept",
-            do="give a budget in usd, hours or gpuh",
-        )
-    if price_usd_per_h is None or not price_usd_per_h > 0:
+def _product(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a * b
+
+
+def _sum(now: float | None, before: float | None) -> float | None:
+    """What is metered now, with what earlier attempts metered of it."""
+    return None if now is None else now + (before or 0.0)
+
+
+def spent_at(wall_s: float, price_usd_per_h: float | None, accelerators: int) -> Spent:
+    """Of attempts that were billed at one price, without energy."""
+    return Spent(
+        wall_s=wall_s,
+        cost_usd=_product(price_usd_per_h, wall_s / 3600),
+        gpu_hours=wall_s / 3600 * accelerators,
+        fraction=None,
+    )
+
+
+def amount_of(budget: Budget, spent: Spent) -> float:
+    """What is spent in the unit of a budget."""
+    amount = {
+        "money": spent.cost_usd,
+        "hours": spent.wall_s / 3600,
+        "gpu_hours": spent.gpu_hours,
+        "energy": spent.energy_kwh,
+        "carbon": spent.co2e_kg,
+    }[budget.kind]
+    return amount or 0.0
+
+
+def _check_metered(budget: Budget, meter: Meter) -> None:
+    """A budget that nothing measures cannot be kept."""
+    price = meter.price_usd_per_h
+    if budget.kind == "money" and (price is None or not price > 0):
         raise UsageError(
             f"a budget of {budget} needs a price, and none is known for this hardware",
             do="give --price-usd-per-h, or a budget in hours",
         )
-    return budget.amount / price_usd_per_h * 3600
+    if budget.kind in ("energy", "carbon") and meter.energy is None:
+        raise UsageError(
+            f"a budget of {budget} needs a meter of energy, and this machine has none",
+            why="no GPU with NVML, RAPL is not readable, and its power limit is not known",
+            do="give --power-w, what all of this machine draws at most, or a budget in hours",
+        )
+    if budget.kind == "carbon" and meter.kgco2e_per_kwh is None:
+        raise UsageError(
+            f"a budget of {budget} needs the carbon intensity of the electricity",
+            do="give --region (as in `profiles/carbon.csv`) or --kgco2e-per-kwh",
+        )
 
 
 class UpperBound:
@@ -174,9 +308,14 @@ class UpperBound:
         return bool(self._seen)
 
     def upper_s(self) -> float:
+        """The longest of the last ones and a margin, which halves as more are seen."""
         if not self._seen:
             return self._guess_s
-        return max(self._seen) * self._factor + self._slack_s
+        margin = (self._factor - 1) * max(0.5, len(self._seen) ** -0.25)
+        return max(self._seen) * (1 + margin) + self._slack_s
+
+    def mean_s(self) -> float:
+        return sum(self._seen) / len(self._seen) if self._seen else self._guess_s
 
 
 class Bounds:
@@ -198,6 +337,10 @@ class Bounds:
         """The last save, the held-out evaluation, the export and the end of the processes."""
         parts = (self.save, self.evaluate, self.export)
         return sum(part.upper_s() for part in parts) + SHUTDOWN_S
+
+    def finish_expected_s(self) -> float:
+        """The same as it went so far."""
+        return sum(part.mean_s() for part in (self.save, self.evaluate, self.export)) + SHUTDOWN_S
 
 
 def measure_write_rate(folder: Path, size_bytes: int = 32 * 2**20) -> float:

@@ -233,6 +233,7 @@ def _publish(
         "step": step,
         "tokens": state.get("tokens"),
         "data": state.get("data"),
+        "spent": state.get("spent"),
         "rng": "rng/",
         "config_sha256": config_hash(plan.deepspeed, plan.model.config),
         "strategy": plain(plan.strategy),

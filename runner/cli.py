@@ -23,9 +23,13 @@ COMMANDS = {
     "resume": ("runner.commands.run", "Continue a run from its newest checkpoint that verifies."),
     "verify": ("runner.commands.run", "Check a run's checkpoints, or one, against their manifests."),
     "status": ("runner.commands.run", "How a run stands: last step, what it has spent, how it ended."),
+    "ledger": ("runner.commands.ledger", "What runs cost, for whom, and what projects may still spend."),
+    "stop": ("runner.commands.follow", "Stop a run well: it finishes the step, saves, and exits with 75."),
+    "tail": ("runner.commands.follow", "Show what a run does, as it does it."),
     "data": ("runner.commands.data", "Prepare text for training, and look at it."),
     "compare": ("runner.commands.compare", "Predicted against measured, for a run; or several plans side by side."),
-    "catalog": ("planner.commands.catalog", "Accelerators and models that outlay knows."),
+    "calibrate": ("runner.commands.calibrate", "Fit the efficiency figures to measured runs, or measure this machine."),
+    "catalog": ("planner.commands.catalog", "Accelerators, models and prices that outlay knows, and one's own."),
     "demo": ("runner.commands.demo", "The whole way on this machine: probe, plan, train, compare."),
 }  # fmt: skip
 

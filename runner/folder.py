@@ -19,6 +19,8 @@ from outlay.planner.spec.files import (
 )
 from outlay.planner.spec.plan import SCHEMA_PLAN, Plan
 from outlay.profiles.errors import UsageError
+from outlay.runner.budget import Spent, spent_at
+from outlay.runner.limits import SCHEMA_LIMITS, Limits
 
 SCHEMA_ATTEMPTS = "outlay/attempts@1"
 
@@ -37,6 +39,17 @@ class Attempt:
     """From its start until the last rank was ready to train; null if that did not come."""
     ended: bool = False
     """False while it runs, and for ever after a kill -9."""
+    cost_usd: float | None = None
+    """As billed at the price of then; null = no price, or noted by an older version."""
+    gpu_hours: float | None = None
+    energy_kwh: float | None = None
+    co2e_kg: float | None = None
+
+    def charged(self, amount: float | None) -> float | None:
+        """What a killed attempt may have used after it was last noted is charged to it."""
+        if amount is None or self.ended:
+            return amount
+        return amount * (self.elapsed_s + HEARTBEAT_S) / max(self.elapsed_s, 1e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +63,29 @@ class Attempts:
         """Wall time of all of them; one that was killed is charged to its next heartbeat."""
         return sum(a.elapsed_s + (0.0 if a.ended else HEARTBEAT_S) for a in self.attempts)
 
+    def spent(self, price_usd_per_h: float | None, accelerators: int) -> Spent:
+        """All that they used; the given price and number count where an attempt has none noted."""
+        total = spent_at(0.0, 0.0, accelerators)
+        for attempt in self.attempts:
+            wall_s = attempt.elapsed_s + (0.0 if attempt.ended else HEARTBEAT_S)
+            now = spent_at(wall_s, price_usd_per_h, accelerators)
+            cost, hours = attempt.charged(attempt.cost_usd), attempt.charged(attempt.gpu_hours)
+            total = Spent(
+                wall_s=total.wall_s + wall_s,
+                cost_usd=_plus(total.cost_usd, now.cost_usd if cost is None else cost),
+                gpu_hours=total.gpu_hours + (now.gpu_hours if hours is None else hours),
+                fraction=None,
+                energy_kwh=_plus(total.energy_kwh, attempt.charged(attempt.energy_kwh)),
+                co2e_kg=_plus(total.co2e_kg, attempt.charged(attempt.co2e_kg)),
+            )
+        return total
+
     def with_last(self, attempt: Attempt) -> Attempts:
         return replace(self, attempts=(*self.attempts[:-1], attempt))
+
+
+def _plus(a: float | None, b: float | None) -> float | None:
+    return None if a is None and b is None else (a or 0.0) + (b or 0.0)
 
 
 @dataclass(frozen=True)
@@ -83,6 +117,10 @@ class RunFolder:
     @property
     def attempts(self) -> Path:
         return self.root / "attempts.json"
+
+    @property
+    def limits(self) -> Path:
+        return self.root / "limits.json"
 
     @property
     def logs(self) -> Path:
@@ -138,6 +176,16 @@ class RunFolder:
     def write_attempts(self, attempts: Attempts) -> None:
         write_text(self.attempts, to_json(attempts))
 
+    def read_limits(self) -> Limits:
+        if not self.limits.exists():
+            return Limits()
+        mapping = read_mapping(self.limits)
+        check_schema(mapping, SCHEMA_LIMITS, self.limits)
+        return parse(Limits, mapping, path=self.limits)
+
+    def write_limits(self, limits: Limits) -> None:
+        write_text(self.limits, to_json(limits))
+
     def is_run(self) -> bool:
         return self.plan.is_file() and self.attempts.is_file()
 
@@ -176,6 +224,21 @@ class RunFolder:
                 why="it holds no plan.yaml and attempts.json",
                 do="start one with: outlay run PLAN --dir RUN",
             )
+
+    def owner(self) -> int | None:
+        """The process that works in this run; none where nobody holds its lock."""
+        try:
+            handle = os.open(self.root / ".lock", os.O_RDWR)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.pread(handle, 32, 0).decode(errors="replace").strip()
+            return int(text) if text.isdigit() else None
+        finally:
+            os.close(handle)
+        return None
 
     @contextmanager
     def locked(self) -> Iterator[None]:

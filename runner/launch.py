@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from outlay.planner.spec.files import plain
 from outlay.planner.spec.measurement import Outcome
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import CheckpointError, UsageError
-from outlay.runner.budget import OPTIMISTIC_STARTUP_S, Meter
+from outlay.runner.booking import Booking, book
+from outlay.runner.budget import OPTIMISTIC_STARTUP_S, Meter, Spent
+from outlay.runner.energy import ENERGY_BASE, energy_of
 from outlay.runner.events import EventLog, Follower, cut_torn_line, utc_now
 from outlay.runner.fit import check_machine, check_rules, check_software
 from outlay.runner.folder import Attempt, Attempts, RunFolder
@@ -23,6 +26,7 @@ from outlay.runner.host import (
     ops_needed,
     prepare_environment,
 )
+from outlay.runner.limits import Limits
 from outlay.runner.processes import EARLIER, STARTED, Ranks, Signals
 from outlay.runner.refuse import refuse
 from outlay.runner.schedule import check_schedule
@@ -42,12 +46,14 @@ def run_plan(
     started_s: float | None = None,
     stream: TextIO | None = None,
     quiet: bool = False,
+    limits: Limits | None = None,
 ) -> Outcome:
     """Train as the plan says, in `run_dir`; returns when nothing of it runs any more.
 
     `here`: a fresh probe of this machine, to refuse a plan that does not fit it (null = not
     checked). `started_s`: since when time counts, on CLOCK_MONOTONIC (null = now). Progress goes to
-    `stream` (stderr). Raises OutlayError for what is refused before the ranks start.
+    `stream` (stderr). `limits`: metering and policy (null = those the run has). Raises OutlayError
+    for what is refused before the ranks start.
     """
     started_s = time.monotonic() if started_s is None else started_s
     folder = RunFolder(Path(run_dir))
@@ -55,25 +61,70 @@ def run_plan(
     (folder.require_run if resume else folder.require_new)()
     with folder.locked():
         earlier = folder.read_attempts()
-        meter = Meter.of_cluster(
-            plan.job.budget, plan.cluster, started_s=started_s, earlier_s=earlier.spent_s()
-        )
+        limits = folder.read_limits() if limits is None else limits
+        meter = open_meter(plan, limits, started_s=started_s, earlier=earlier)
         least_s, source = _startup(earlier)
         meter.require(least_s, source=source)
         checkpoint, rejected = _newest(folder, plan) if resume else (None, [])
+        spent = _more(meter.earlier, checkpoint)
         _prepare_data(plan, folder)
         environment = rank_environment(plan)
-        return _attempt(
-            plan,
-            folder,
-            meter,
-            earlier=earlier,
-            checkpoint=checkpoint,
-            rejected=rejected,
-            environment=environment,
-            stream=stream,
-            quiet=quiet,
-        )
+        booking = book(plan, limits, folder.root, spent)
+        try:
+            limits = replace(limits, drawn=booking.drawn(spent))
+            meter = open_meter(plan, limits, started_s=started_s, earlier=earlier, spent=spent)
+            meter.require(least_s, source=source)
+            return _attempt(
+                plan,
+                folder,
+                meter,
+                earlier=earlier,
+                checkpoint=checkpoint,
+                rejected=[*rejected, *([booking.warning] if booking.warning else [])],
+                environment=environment,
+                stream=stream,
+                quiet=quiet,
+                limits=limits,
+                booking=booking,
+            )
+        finally:
+            booking.close(meter.attempt(), state="failed", reason="ended early", steps=0)
+
+
+def _more(noted: Spent, checkpoint: Path | None) -> Spent:
+    """What the run has spent: its attempts', or the checkpoint's where that has seen more (it was
+    copied to another machine, the attempts were not)."""
+    from outlay.runner.checkpoint import read_manifest
+
+    said = None if checkpoint is None else read_manifest(checkpoint).get("spent")
+    seen = None if said is None else Spent(**said)
+    return noted if seen is None or seen.wall_s <= noted.wall_s else replace(seen, fraction=None)
+
+
+def open_meter(
+    plan: Plan,
+    limits: Limits,
+    *,
+    started_s: float,
+    earlier: Attempts,
+    spent: Spent | None = None,
+) -> Meter:
+    """The supervisor's meter, with the energy of this machine where anything tells it."""
+    energy = energy_of(
+        plan.cluster,
+        limits.power_w,
+        limits.used_pue()[0],
+        already_s=max(0.0, time.monotonic() - started_s),
+    )
+    return Meter.of_cluster(
+        (*plan.job.budget, *limits.drawn),
+        plan.cluster,
+        started_s=started_s,
+        earlier=spent or earlier.spent(plan.cluster.price_usd_per_h, plan.cluster.ranks),
+        energy=energy,
+        kgco2e_per_kwh=limits.kgco2e_per_kwh,
+        minimum_s=limits.minimum_s,
+    )
 
 
 def _check(plan: Plan, here: Cluster | None) -> None:
@@ -199,9 +250,12 @@ def _attempt(
     environment: dict[str, str],
     stream: TextIO | None,
     quiet: bool,
+    limits: Limits,
+    booking: Booking,
 ) -> Outcome:
     """Start the ranks and stay until they have ended."""
     folder.write_plan(plan)
+    folder.write_limits(limits)
     for stale in (folder.outcome, *folder.failures()):
         stale.unlink(missing_ok=True)
     cut_torn_line(folder.events)
@@ -221,6 +275,7 @@ def _attempt(
         progress=progress,
         follower=follower,
         seen=_seen(checkpoint),
+        booking=booking,
     )
     try:
         log.write(
@@ -230,6 +285,9 @@ def _attempt(
             checkpoint=None if checkpoint is None else str(checkpoint),
             spent_s=meter.spent().wall_s,
             limit_s=meter.limit_s,
+            energy_source=None if meter.energy is None else meter.energy.source,
+            pue=limits.used_pue()[1],
+            carbon_source=limits.carbon_source,
         )
         for message in rejected:
             log.write("warning", message=message)
@@ -264,7 +322,8 @@ def _start(
         environment={
             **environment,
             STARTED: repr(meter.started_s),
-            EARLIER: repr(meter.earlier_s),
+            EARLIER: json.dumps(plain(meter.earlier)),
+            ENERGY_BASE: json.dumps(getattr(meter.energy, "base_j", None)),
         },
         log=folder.log,
     )

@@ -94,19 +94,24 @@ def _reading(folder: RunFolder, rank: int) -> Path:
 
 def measure_in_rank(folder: RunFolder, steps: int) -> None:
     """The part of one rank: warm up, note what is there, build and step, write the reading."""
-    import torch
-
     from outlay.runner.engine import RankInfo
-    from outlay.runner.model import skeleton
 
     rank = RankInfo.from_environment().rank
-    plan = folder.read_plan()
+    reading = reading_in_rank(folder.read_plan(), steps)
+    text = json.dumps(plain(dataclasses.replace(reading, rank=rank)))
+    write_text(_reading(folder, rank), text)
+
+
+def reading_in_rank(plan: Plan, steps: int = 3) -> MemoryReading:
+    """This rank's reading; also one call of a living pool, whose ranks started with `MALLOC` set."""
+    import torch
+
+    from outlay.runner.model import skeleton
+
     skeleton(plan.model, precision=plan.job.precision, attention=plan.job.attention)
     _steps(_tiny(plan), 1)
     gc.collect()
-    reading = _on_cuda(plan, steps) if torch.cuda.is_available() else _on_cpu(plan, steps)
-    text = json.dumps(plain(dataclasses.replace(reading, rank=rank)))
-    write_text(_reading(folder, rank), text)
+    return _on_cuda(plan, steps) if torch.cuda.is_available() else _on_cpu(plan, steps)
 
 
 def _tiny(plan: Plan) -> Plan:

@@ -7,6 +7,7 @@ rendezvous), RUN/plan.yaml, and with --checkpoint the folder to continue from.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -16,7 +17,8 @@ from pathlib import Path
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import EXIT_DONE
 from outlay.runner import processes
-from outlay.runner.budget import Meter, process_started_s
+from outlay.runner.budget import Meter, Spent, process_started_s
+from outlay.runner.energy import ENERGY_BASE, energy_of
 from outlay.runner.events import EventLog
 from outlay.runner.failures import note_failure
 from outlay.runner.folder import RunFolder
@@ -56,11 +58,24 @@ def _meter(plan: Plan, folder: RunFolder) -> Meter:
     """The supervisor's; where there is none the clock starts with this process."""
     started = os.environ.get(processes.STARTED)
     earlier = os.environ.get(processes.EARLIER)
+    cluster, limits = plan.cluster, folder.read_limits()
+    attempts = folder.read_attempts()
+    energy = energy_of(
+        cluster,
+        limits.power_w,
+        limits.used_pue()[0],
+        base_j=json.loads(os.environ.get(ENERGY_BASE, "null")),
+    )
     return Meter.of_cluster(
-        plan.job.budget,
-        plan.cluster,
+        (*plan.job.budget, *limits.drawn),
+        cluster,
         started_s=process_started_s() if started is None else float(started),
-        earlier_s=folder.read_attempts().spent_s() if earlier is None else float(earlier),
+        earlier=attempts.spent(cluster.price_usd_per_h, cluster.ranks)
+        if earlier is None
+        else Spent(**json.loads(earlier)),
+        energy=energy,
+        kgco2e_per_kwh=limits.kgco2e_per_kwh,
+        minimum_s=limits.minimum_s,
     )
 
 
@@ -78,7 +93,15 @@ def _train(folder: RunFolder, checkpoint: Path | None, stop: processes.StopReque
     _join()
     engine = Engine.build(plan)
     trainer = Trainer(
-        plan, folder, engine=engine, info=info, dataset=dataset, meter=meter, log=log, stop=stop
+        plan,
+        folder,
+        engine=engine,
+        info=info,
+        dataset=dataset,
+        meter=meter,
+        log=log,
+        stop=stop,
+        limits=folder.read_limits(),
     )
     if checkpoint is not None:
         # the supervisor has just checked the hashes; without one the ranks do

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from outlay.planner.rules import OFFLOADED
 from outlay.planner.spec.plan import Plan
+from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import UsageError
 
 _ONE_ONLY = {
@@ -42,11 +44,36 @@ def _refuse_strategy(plan: Plan, world: int) -> None:
             "selective activation checkpointing is estimated only",
             do="plan with activation_checkpointing: full or none",
         )
+    _refuse_offload(strategy, plan.job.optimizer.name)
     if strategy.pp > 1 and strategy.zero > 1:
         raise UsageError(
             f"a pipeline of {strategy.pp} stages does not go with ZeRO-{strategy.zero}",
             why="DeepSpeed's pipeline accumulates whole gradients; it takes ZeRO 0 or 1",
             do="plan with zero: 1, or pp: 1",
+        )
+
+
+def _refuse_offload(strategy: Strategy, name: str) -> None:
+    """To the host run: the optimizer at ZeRO 1 to 3, the weights with it at ZeRO-3."""
+    optimizer, weights = strategy.offload_optimizer, strategy.offload_param
+    if "nvme" in (optimizer, weights):
+        raise UsageError("offload to NVMe is not run yet", do="plan with cpu or none")
+    if optimizer != "none" and (strategy.zero == 0 or strategy.pp > 1):
+        raise UsageError(
+            f"offload_optimizer {optimizer} is not run with ZeRO-{strategy.zero} and pp {strategy.pp}",
+            do="plan with zero: 1, 2 or 3 and pp: 1",
+        )
+    if optimizer != "none" and name not in OFFLOADED:
+        raise UsageError(
+            f"offload_optimizer {optimizer} is not run with optimizer {name}",
+            why="DeepSpeed steps Adam alone on the host",
+            do="plan with adamw, or without offload",
+        )
+    if weights != "none" and (strategy.zero != 3 or optimizer == "none"):
+        raise UsageError(
+            f"offload_param {weights} is run at ZeRO-3 together with offload_optimizer, "
+            f"not at ZeRO-{strategy.zero} with offload_optimizer {optimizer}",
+            do="plan with zero: 3 and offload_optimizer: cpu",
         )
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from outlay.planner.spec.files import check_schema, parse, read_mapping, to_json, write_text
 from outlay.planner.spec.measurement import SCHEMA_OUTCOME, Outcome
 from outlay.planner.spec.plan import Plan
-from outlay.profiles.errors import EXIT_BUDGET, EXIT_DONE, EXIT_FAILED, EXIT_RESTART_ME
-from outlay.runner.budget import Meter
+from outlay.profiles.errors import EXIT_BUDGET, EXIT_DONE, EXIT_FAILED, EXIT_RESTART_ME, OutlayError
+from outlay.runner.booking import Booking
+from outlay.runner.budget import Meter, Spent
 from outlay.runner.events import EventLog, Follower
 from outlay.runner.failures import cause_of
 from outlay.runner.folder import HEARTBEAT_S, Attempts, RunFolder
@@ -52,12 +53,15 @@ class Supervisor:
         progress: Progress,
         follower: Follower,
         seen: Seen,
+        booking: Booking | None = None,
     ) -> None:
         self._plan, self._folder, self._meter, self._log = plan, folder, meter, log
         self._attempts, self._progress = attempts, progress
         self._follower, self._seen = follower, seen
         self._beat_s = time.monotonic()
+        self._booking = Booking(None, None) if booking is None else booking
         self._ended_by: str | None = None
+        self._reserved = True
 
     def watch(self, ranks: Ranks, signals: Signals) -> None:
         """Returns when every rank has ended."""
@@ -65,9 +69,10 @@ class Supervisor:
         kill_at_s: float | None = None
         while ranks.poll():
             self._look()
-            if signals.stop and not asked:
+            if (signals.stop or not self._reserved) and not asked:
                 asked = True
-                self._log.write("warning", message="asked to stop: finishing the step and saving")
+                why = "asked to stop" if signals.stop else "the project's budget was given away"
+                self._log.write("warning", message=f"{why}: finishing the step and saving")
             if asked and not terminated and self._all_ready():
                 # earlier a rank might not have its handler yet, and would die of the signal
                 terminated = True
@@ -110,11 +115,29 @@ class Supervisor:
     def beat(self, *, ended: bool = False, ready_s: float | None = None) -> None:
         """Note the time used, so that it counts whatever happens next."""
         self._beat_s = time.monotonic()
-        last = replace(self._attempts.attempts[-1], elapsed_s=self._meter.elapsed_s(), ended=ended)
+        used = self._meter.attempt()
+        last = replace(
+            self._attempts.attempts[-1],
+            elapsed_s=used.wall_s,
+            cost_usd=used.cost_usd,
+            gpu_hours=used.gpu_hours,
+            energy_kwh=used.energy_kwh,
+            co2e_kg=used.co2e_kg,
+            ended=ended,
+        )
         if ready_s is not None:
             last = replace(last, ready_s=ready_s)
         self._attempts = self._attempts.with_last(last)
         self._folder.write_attempts(self._attempts)
+        if not ended:
+            self._note(used)
+
+    def _note(self, used: Spent) -> None:
+        """In the ledger. One that fails does not end a training, but its warning is shown."""
+        try:
+            self._reserved = self._booking.beat(used, self._seen.step)
+        except OutlayError as error:
+            self._log.write("warning", message=f"the ledger was not written: {error.why}")
 
     def _grace_s(self, ranks: Ranks) -> float | None:
         """How long the rest may take, once there is a reason to end it."""
@@ -144,11 +167,25 @@ class Supervisor:
         else:
             outcome = self._without_outcome(ranks)
         spent = self._meter.spent()
-        outcome = replace(outcome, wall_s=spent.wall_s, cost_usd=spent.cost_usd)
+        outcome = replace(
+            outcome,
+            wall_s=spent.wall_s,
+            cost_usd=spent.cost_usd,
+            energy_kwh=spent.energy_kwh,
+            energy_source=None if self._meter.energy is None else self._meter.energy.source,
+            co2e_kg=spent.co2e_kg,
+        )
         write_text(path, to_json(outcome))
         self._log.write("end", outcome.steps, message=outcome.reason, state=outcome.state)
         self._look()
         self.beat(ended=True)
+        used = self._meter.attempt()
+        try:
+            self._booking.close(
+                used, state=outcome.state, reason=outcome.reason, steps=outcome.steps
+            )
+        except OutlayError as error:
+            self._log.write("warning", message=f"the ledger was not written: {error.why}")
         return outcome
 
     def _without_outcome(self, ranks: Ranks) -> Outcome:

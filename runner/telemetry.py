@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 
 from outlay.planner.spec.measurement import Event
 from outlay.profiles.units import format_count, format_seconds
-from outlay.runner.budget import Meter
+from outlay.runner.budget import Meter, amount_of
 
 PLAIN_EVERY_S = 10.0
 """Between two lines of progress where there is no terminal; other events are shown at once."""
@@ -167,6 +167,9 @@ class Pace:
             return f"spent {spent.cost_usd:.4f}/{budget.amount:.6g} USD"
         if budget.kind == "gpu_hours":
             return f"spent {spent.gpu_hours:.4f}/{budget.amount:.6g} GPU-hours"
+        if budget.kind in ("energy", "carbon"):
+            unit = "kWh" if budget.kind == "energy" else "kg CO2e"
+            return f"spent {amount_of(budget, spent):.4g}/{budget.amount:.6g} {unit}"
         return f"spent {spent.wall_s:.0f}/{budget.amount * 3600:.0f} s"
 
     def eta(self) -> str:

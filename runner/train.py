@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from outlay.planner.spec.files import to_json, write_text
+from outlay.planner.spec.files import plain, to_json, write_text
 from outlay.planner.spec.measurement import Outcome, RunState
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import (
@@ -22,14 +21,18 @@ from outlay.profiles.errors import (
 )
 from outlay.runner.budget import SHUTDOWN_S, Bounds, Meter, UpperBound, measure_write_rate
 from outlay.runner.checkpoint import save_checkpoint
+from outlay.runner.control import Controller, Stop
 from outlay.runner.data.dataset import TokenDataset
 from outlay.runner.events import EventLog
 from outlay.runner.export import export_safetensors
 from outlay.runner.folder import RunFolder
+from outlay.runner.limits import Limits
 from outlay.runner.observed import measurement, memory_now_bytes, peak_memory
+from outlay.runner.own import record
 from outlay.runner.processes import StopRequest
-from outlay.runner.schedule import learning_rate
+from outlay.runner.schedule import Decay
 from outlay.runner.telemetry import Scalars
+from outlay.runner.votes import STOPS, Orders, Votes
 
 if TYPE_CHECKING:
     from outlay.runner.engine import Engine, RankInfo
@@ -45,42 +48,8 @@ _EXIT_CODES: dict[RunState, int] = {
 }
 
 
-class Votes:
-    """Small integers that all ranks must agree on, over gloo so that no device is waited for."""
-
-    def __init__(self, world: int) -> None:
-        self._world = world
-        self._group = dist.new_group(backend="gloo") if world > 1 else None
-
-    def largest(self, *values: int) -> list[int]:
-        """Element by element the largest that any rank says."""
-        tensor = torch.tensor(values, dtype=torch.int64)
-        if self._group is not None:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
-        return [int(v) for v in tensor]
-
-    def gather(self, value: int) -> list[int]:
-        """What each rank says, by rank."""
-        if self._group is None:
-            return [value]
-        tensors = [torch.zeros(1, dtype=torch.int64) for _ in range(self._world)]
-        dist.all_gather(tensors, torch.tensor([value]), group=self._group)
-        return [int(t) for t in tensors]
-
-
 SAVE_AFTER_S = 60.0
 """Wall time between checkpoints where the job does not say how many steps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Orders:
-    """What all ranks do before the next step."""
-
-    signalled: bool
-    over_budget: bool
-    save: bool
-    evaluate: bool
-    rehearse: bool
 
 
 class Trainer:
@@ -97,6 +66,7 @@ class Trainer:
         meter: Meter,
         log: EventLog,
         stop: StopRequest,
+        limits: Limits | None = None,
     ) -> None:
         self.plan, self.job, self.strategy = plan, plan.job, plan.strategy
         self.folder, self.engine, self.info = folder, engine, info
@@ -109,6 +79,7 @@ class Trainer:
         self.loss: float | None = None
         self.last_save_s, self.last_save_took_s = time.monotonic(), 0.0
         self.step_times_s: list[float] = []
+        self.rehearsed = False
         self.scalars: Scalars | None = None
         grid = {
             "dp_size": engine.dp_size,
@@ -119,10 +90,19 @@ class Trainer:
         self.heldout = [torch.from_numpy(batch) for batch in batches]
         self.unigram = dataset.heldout_unigram_nats(**grid) if self.lead else None
         self.bounds = self._first_bounds()
+        limits = limits or Limits()
+        self.control = Controller(
+            meter,
+            self.bounds,
+            steps=self.job.steps,
+            policy=limits.when_over,
+            walltime_s=limits.walltime_s,
+        )
+        self.decay = Decay(self.job.schedule, self.job.optimizer.lr, self.job.steps)
 
     def _first_bounds(self) -> Bounds:
         estimate_s = self.plan.estimate.get("step", {}).get("high_s", 0.0)
-        limited = self.lead and self.meter.limit_s is not None
+        limited = self.lead and bool(self.meter.budgets)
         return Bounds(
             step_guess_s=float(estimate_s),
             parameters=self.plan.model.parameters,
@@ -140,6 +120,8 @@ class Trainer:
             )
         self.step = self.first_step = self.saved_step = int(state["step"])
         self.loss, self.checkpoint = state["train_loss"], checkpoint
+        if "decay" in state:
+            self.decay.restore(state["decay"], self.step, self.job.steps)
 
     def run(self) -> int:
         """Train to the end of the run and write its outcome; returns the exit code."""
@@ -157,39 +139,54 @@ class Trainer:
                 self._evaluate()
             if self.step >= self.job.steps:
                 return self._finish("done", f"all {self.job.steps} steps done")
-            if orders.over_budget:
-                return self._finish("budget", f"the budget of {self.meter.limit_text()} is used up")
+            if orders.stop is not None:
+                state: RunState = "stopped" if orders.stop == "walltime" else "budget"
+                return self._finish(state, self._why(orders.stop))
+            self.decay.retarget(self.step, orders.total_steps)
             self._train_step()
+
+    def _why(self, stop: Stop) -> str:
+        if stop == "walltime":
+            return "the wall time ends: start me again with outlay resume"
+        if stop == "budget":
+            return f"the budget of {self.meter.limit_text()} is used up"
+        return (
+            f"stopped for its forecast: {self.control.forecast_text(self.step)}; resume with a "
+            "larger --budget, or with --when-over anneal"
+        )
 
     def _orders(self) -> Orders:
         """Rank 0 decides, any rank may have received a signal, and all get the same orders."""
-        wishes = [0, 0, 0, 0]
+        wishes = [0, 0, 0, 0, 0]
         if self.lead:
             wishes = [int(wish) for wish in self._wishes()]
-        agreed = map(bool, self.votes.largest(int(self.stop.requested), *wishes))
-        signalled, over, save, evaluate, rehearse = agreed
+        agreed = self.votes.largest(int(self.stop.requested), *wishes)
+        signalled, stop, total_steps, save, evaluate, rehearse = agreed
         return Orders(
-            signalled=signalled,
-            over_budget=over,
-            save=save,
-            evaluate=evaluate,
-            rehearse=rehearse,
+            signalled=bool(signalled),
+            stop=STOPS[stop],
+            total_steps=total_steps,
+            save=bool(save),
+            evaluate=bool(evaluate),
+            rehearse=bool(rehearse),
         )
 
-    def _wishes(self) -> tuple[bool, bool, bool, bool]:
-        """(over budget, save, evaluate, rehearse): extras only if the end still fits after them."""
+    def _wishes(self) -> tuple[int, int, bool, bool, bool]:
+        """(stop, total steps, save, evaluate, rehearse): extras only if the end fits after them."""
         bounds, done = self.bounds, self.step - self.first_step
-        step_s, finish_s = bounds.step.upper_s(), bounds.finish_s()
-        over = self.meter.decide(step_s, finish_s)
-        last = self.step >= self.job.steps
-        if over or last or done == 0:
-            return over, False, False, False
-        rehearse = self.meter.limit_s is not None and done == REHEARSE_AFTER
+        decision = self.control.decide(self.step)
+        for message in decision.warnings:
+            self.log.write("warning", self.step, message=message)
+        stop, total_steps = STOPS.index(decision.stop), decision.total_steps
+        if stop or self.step >= self.job.steps or done == 0:
+            return stop, total_steps, False, False, False
+        limited = bool(self.meter.budgets) or self.control.walltime_s is not None
+        rehearse = limited and done == REHEARSE_AFTER
         save = rehearse or self._save_due()
+        save = save and self.control.affords(bounds.save.upper_s())
         evaluate = _due(self.job.eval_every, self.step)
-        save = save and self.meter.affords(step_s + bounds.save.upper_s() + finish_s)
-        evaluate = evaluate and self.meter.affords(step_s + bounds.evaluate.upper_s() + finish_s)
-        return False, save, evaluate, rehearse
+        evaluate = evaluate and self.control.affords(bounds.evaluate.upper_s())
+        return 0, total_steps, save, evaluate, rehearse
 
     def _save_due(self) -> bool:
         """By steps where the job says so; else by time, so that a kill costs at most
@@ -201,7 +198,7 @@ class Trainer:
 
     def _train_step(self) -> None:
         began_s = time.monotonic()
-        lr = learning_rate(self.job.schedule, self.job.optimizer.lr, self.step, self.job.steps)
+        lr = self.decay.rate(self.step)
         self.engine.set_lr(lr)
         loss = self.engine.train_step([self._batch(i) for i in range(self.strategy.grad_accum)])
         took_s = time.monotonic() - began_s
@@ -210,7 +207,7 @@ class Trainer:
         if len(self.step_times_s) == 2 * REHEARSE_AFTER:
             self.bounds.step.forget_first(REHEARSE_AFTER)
         self.bounds.step.add(took_s)
-        if not self.bounds.evaluate.measured:
+        if not (self.bounds.evaluate.measured or self.rehearsed):
             # a forward pass takes no longer than a forward and a backward one
             self.bounds.evaluate.guess(len(self.heldout) * took_s / self.strategy.grad_accum + 0.5)
         self._report_step(loss, lr, took_s)
@@ -246,6 +243,7 @@ class Trainer:
             "tokens_per_s": self.job.tokens_per_step / took_s,
             "spent_usd": spent.cost_usd,
             "spent_s": spent.wall_s,
+            "spent_kwh": spent.energy_kwh,
         }
         self.log.write("step", self.step, **values)
         assert self.scalars is not None
@@ -258,6 +256,8 @@ class Trainer:
             "tokens": self.step * self.job.tokens_per_step,
             "data_position": self.step * self.job.global_batch,
             "spent_s": self.meter.spent().wall_s,
+            "spent": plain(self.meter.spent()),
+            "decay": self.decay.state(),
             "train_loss": self.loss,
             "data": self._data_identity(),
         }
@@ -293,6 +293,7 @@ class Trainer:
         began_s = time.monotonic()
         self.engine.evaluate(self.heldout[:1])
         each_s = time.monotonic() - began_s
+        self.rehearsed = True
         self.bounds.evaluate.guess(1.3 * len(self.heldout) * each_s + 0.1)
 
     def _evaluate(self) -> float:
@@ -361,7 +362,13 @@ class Trainer:
             memory_bytes=memory_bytes,
             cost_usd=self.meter.spent().cost_usd,
         )
+        spent = self.meter.spent()
+        if self.meter.energy is not None:
+            result = replace(
+                result, energy_kwh=spent.energy_kwh, energy_source=self.meter.energy.source
+            )
         write_text(self.folder.measurement, to_json(result))
+        record(self.plan, result)
 
     def _write_outcome(
         self, state: RunState, reason: str, heldout: float | None, exported: str | None

@@ -22,6 +22,12 @@ settings.register_profile("repeat", derandomize=True)
 settings.register_profile("search", derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
+# A test's figures must not depend on what its user ran before; tests of own measurements set their own.
+os.environ["OUTLAY_MEASUREMENTS"] = "off"
+os.environ["OUTLAY_EFFICIENCY"] = "off"
+os.environ["OUTLAY_LEDGER"] = "off"
+os.environ["OUTLAY_CATALOG"] = "off"
+
 TINY: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 512,

@@ -19,7 +19,7 @@ from outlay.profiles.errors import UsageError
 _OPTIMIZER_TYPE = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 
 
-def _zero_section(strategy: Strategy, spec: ModelSpec) -> dict[str, Any]:
+def _zero_section(strategy: Strategy, spec: ModelSpec, nvme_path: str | None) -> dict[str, Any]:
     default_reduce, default_gather = bucket_sizes(spec, strategy.tp, strategy.pp)
     reduce_bucket = strategy.reduce_bucket_size or default_reduce
     gather_bucket = strategy.allgather_bucket_size or default_gather
@@ -46,16 +46,24 @@ def _zero_section(strategy: Strategy, spec: ModelSpec) -> dict[str, Any]:
         device = getattr(strategy, key)
         if device != "none":
             section[key] = {"device": device, "pin_memory": True}
+            if device == "nvme" and nvme_path is not None:
+                section[key]["nvme_path"] = nvme_path
     return section
 
 
 def deepspeed_config(
-    job: Job, strategy: Strategy, spec: ModelSpec, cluster: Cluster
+    job: Job,
+    strategy: Strategy,
+    spec: ModelSpec,
+    cluster: Cluster,
+    *,
+    nvme_path: str | None = None,
 ) -> dict[str, Any]:
     """The configuration that `deepspeed.initialize` takes, for 0.19.8.
 
     The learning-rate schedule is the runner's (it must anneal within the budget), so there is no
     `scheduler` section. On CPU the optimizer is torch's: DeepSpeed's fused one would be compiled.
+    `nvme_path`: the folder that offload to NVMe writes in; null leaves it to the caller.
     """
     optimizer = job.optimizer
     if optimizer.name not in _OPTIMIZER_TYPE:
@@ -78,7 +86,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": strategy.grad_accum,
         "gradient_clipping": job.gradient_clipping,
         "optimizer": {"type": _OPTIMIZER_TYPE[optimizer.name], "params": params},
-        "zero_optimization": _zero_section(strategy, spec),
+        "zero_optimization": _zero_section(strategy, spec, nvme_path),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,

@@ -23,6 +23,7 @@ from typing import Literal
 
 from outlay.planner.estimate.kernels import (
     GELU_TENSORS,
+    GRADIENT_TENSORS,
     PARTIAL_ROTARY,
     SOFTMAX_IN_WIDTH,
     fp32_norm,
@@ -51,6 +52,12 @@ class Execution:
     """Adapters over frozen weights; null = every weight is trained."""
     quant_saves_input: bool = False
     """A 4-bit linear layer keeps its input though its weight is frozen (bitsandbytes before 0.42)."""
+
+    def keeps_scores(self, a: Attention) -> bool:
+        """Whether attention saves its scores. A CPU's fused attention knows no dropout: with it, torch
+        takes the written-out path (`sdp_utils_cpp.cpp`, `check_for_dropout`)."""
+        on_cpu = self.mask_bytes > 1
+        return self.attention == "eager" or (self.attention == "sdpa" and on_cpu and a.dropout > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +134,7 @@ def attention_tensors(
     Eager attention repeats k and v to all heads and copies the output. Where q, k and v come from
     one matrix, v is a view that keeps all three alive after q and k were rotated into new tensors.
     """
-    w, eager = ex.width, ex.attention == "eager"
+    w, eager = ex.width, ex.keeps_scores(a)
     q, k, v, out = a.q_width, a.k_width, a.v_width, a.out_width
     if eager and a.heads != a.kv_heads:
         k, v = a.q_width, a.out_width
@@ -246,6 +253,29 @@ def _is_saved(tensor: Saved, ex: Execution) -> bool:
     return ex.quant_saves_input and ex.finetune.quant != "none" and tensor.linear_input
 
 
+def _transient_elements(spec: ModelSpec, block: Block, ex: Execution) -> int:
+    """Most elements a token that the backward of one block holds beside all that it saved.
+
+    Written-out modules free each saved tensor once its operator is done: at a gated MLP's product, when
+    its own input is gone, the gradients of both factors and of the residual stream are alive; at a
+    plain activation, those of `GRADIENT_TENSORS`. Fused kernels hold all of the MLP's at once.
+    """
+    mlp, a = block.mlp, block.attention
+    ffn = mlp.ffn * max(1, mlp.top_k) + mlp.shared_ffn
+    if ex.kernels != "hf":
+        return max((3 if mlp.gated else 2) * ffn, 4 * a.q_width)
+    return spec.hidden + (2 if mlp.gated else GRADIENT_TENSORS.get(mlp.activation, 1)) * ffn
+
+
+def head_input_elements(spec: ModelSpec, ex: Execution) -> int:
+    """Elements a token that the final norm and the head save beside the last block's output: the head's
+    input, and the normed value where the norm is written out in operators."""
+    if ex.kernels != "hf" or not spec.has_head:
+        return 0
+    upcast = fp32_norm(spec.family, spec.norm)
+    return spec.hidden * (2 if upcast is not None and upcast.normed_bytes is not None else 1)
+
+
 @lru_cache(maxsize=4096)
 def block_saved(spec: ModelSpec, block: Block, ex: Execution) -> SavedPerToken:
     """All that one block keeps, for one token."""
@@ -254,8 +284,7 @@ def block_saved(spec: ModelSpec, block: Block, ex: Execution) -> SavedPerToken:
     def total(*splits: Split, per_op: bool = False) -> float:
         return sum(t.size_bytes for t in kept if t.split in splits and (t.per_op or not per_op))
 
-    a, mlp, w = block.attention, block.mlp, ex.width
-    ffn = mlp.ffn * max(1, mlp.top_k) + mlp.shared_ffn
+    w = ex.width
     return SavedPerToken(
         sharded=total("tp"),
         replicated=total("sequence"),
@@ -265,7 +294,7 @@ def block_saved(spec: ModelSpec, block: Block, ex: Execution) -> SavedPerToken:
         block_input=float(spec.hidden * w),
         per_op_sharded=total("tp", "routed", per_op=True),
         per_op_replicated=2.0 * spec.hidden * w,
-        transient=float(w * max((3 if mlp.gated else 2) * ffn, 4 * a.q_width)),
+        transient=float(w * _transient_elements(spec, block, ex)),
     )
 
 
@@ -273,6 +302,8 @@ _LOSS_COPIES = {
     # software's loss → (bytes kept, bytes at the peak) a vocabulary entry, 16-bit logits, fp32 logits
     # transformers: 16-bit logits (held by the output), fp32 copy, fp32 log-softmax; then two fp32 gradients.
     "hf": ((6.0, 14.0), (8.0, 16.0)),
+    # The runner's: nobody holds the logits, so log-softmax alone stays, then two fp32 gradients.
+    "runner": ((4.0, 12.0), (4.0, 12.0)),
     # Megatron's vocabulary-parallel loss: softmax in fp32, overwritten by its gradient, cast to 16 bits.
     "vocab_parallel": ((4.0, 6.0), (4.0, 8.0)),
     # One kernel from 16-bit logits to their gradient (flash-attention's, llm-foundry's default).

@@ -8,7 +8,7 @@ optimizer reduce along the last backward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -88,14 +88,19 @@ def traffic(
     cluster: Cluster,
     figures: Figures,
     software: Software,
+    trained: float = 1.0,
 ) -> Traffic:
-    """The collectives of a step, under the software's schedule."""
+    """The collectives of a step, under the software's schedule. `trained`: share of the weights that has
+    gradients; stage 3 gathers the others all the same."""
     weight = width_of(job.precision)
     gradient = software.gradient_bytes or weight
     if software.accumulates_fp32:
         # Megatron adds and reduces in fp32 where the precision is bf16 (megatron/arguments.py).
         gradient = 2 if job.precision == "fp16" else gradient
     s = _sizes(c, loads, bucket, cluster, figures, weight=weight, gradient=gradient)
+    s = replace(
+        s, reduce=trained * s.reduce, scatter=trained * s.scatter, gather=trained * s.gather
+    )
     nothing = np.zeros(len(c))
     full = c.zero == 3
     overlap = figures["communication.overlap_fraction"] * np.where(

@@ -2,14 +2,17 @@
 
 They live in `profiles/efficiency/*.yaml`. Layers, later over earlier: `common.yaml`, the kind of
 accelerator (`gpu.yaml`, `cpu.yaml`), its architecture (`ampere.yaml`), the accelerator itself;
-the last two where a file of that name exists.
+the last two where a file of that name exists. Then the same files of this user, which `outlay calibrate`
+writes: OUTLAY_EFFICIENCY, else $XDG_CONFIG_HOME/outlay/efficiency (`off` = not read).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from outlay.profiles.errors import FileError, UnknownName
@@ -74,6 +77,38 @@ def _layer(name: str) -> dict[str, Figure]:
     return {key: Figure(**value) for key, value in raw["figures"].items()}
 
 
+def own_folder() -> Path | None:
+    """Where this user's own figures lie; None where they are switched off."""
+    given = os.environ.get("OUTLAY_EFFICIENCY", "")
+    if given.lower() == "off":
+        return None
+    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(given).expanduser() if given else Path(base) / "outlay" / "efficiency"
+
+
+def _own_layer(path: Path) -> dict[str, Figure]:
+    try:
+        return _own_figures(path, path.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return {}
+
+
+@cache
+def _own_figures(path: Path, changed_ns: int) -> dict[str, Figure]:
+    from outlay.planner.spec.files import read_mapping
+
+    raw = read_mapping(path)
+    if raw.get("schema") != SCHEMA_EFFICIENCY:
+        raise FileError(f"schema is {raw.get('schema')!r}", where=str(path))
+    try:
+        return {key: Figure(**value) for key, value in raw["figures"].items()}
+    except (KeyError, AttributeError, TypeError) as error:
+        raise FileError(
+            "is not a file of efficiency figures", where=str(path), why=str(error),
+            do="write it anew with `outlay calibrate`, or move it away",
+        ) from None  # fmt: skip
+
+
 def architecture_of(accelerator: Accelerator) -> str:
     """The architecture as the files are named: `blackwell-ultra`; empty where it is unknown."""
     return (accelerator.architecture or "").lower().replace(" ", "-")
@@ -91,4 +126,7 @@ def efficiency_for(accelerator: Accelerator) -> Efficiency:
     figures: dict[str, Figure] = {}
     for name in layers_of(accelerator):
         figures |= _layer(name)
+    if (own := own_folder()) is not None:
+        for name in layers_of(accelerator):
+            figures |= _own_layer(own / f"{name}.yaml")
     return Efficiency(figures)

@@ -9,20 +9,34 @@ from typing import Any
 import numpy as np
 
 from outlay.planner.cost import run_cost
+from outlay.planner.estimate.advice import changes
 from outlay.planner.estimate.buckets import reduce_buckets
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.compute import model_flops_per_token, recomputed_flops_per_token
+from outlay.planner.estimate.disk import disk_parts
 from outlay.planner.estimate.efficiency import Efficiency, efficiency_for
+from outlay.planner.estimate.host import Host, host_memory
 from outlay.planner.estimate.interval import VERDICTS, interval, risk_above, verdict_index, widened
-from outlay.planner.estimate.memory import PHASES, POSITIONS, Memory, estimate_memory
+from outlay.planner.estimate.memory import (
+    POSITIONS,
+    Memory,
+    adapter_parameters,
+    estimate_memory,
+    held_weights,
+)
 from outlay.planner.estimate.parameters import parameter_counts
+from outlay.planner.estimate.phases import PHASES, STEP_PHASES, WholeRun
 from outlay.planner.estimate.software import CPU_DEEPSPEED, DEEPSPEED, Software
+from outlay.planner.estimate.stages import stage_loads
 from outlay.planner.estimate.step import Step, estimate_step, speed_of
 from outlay.planner.nearest import job_distance, nearest
+from outlay.planner.own_runs import Correction, correction
+from outlay.planner.own_runs import path as own_path
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.files import plain
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
+from outlay.profiles.units import format_bytes
 
 SCHEMA_ESTIMATE = "outlay/estimate@1"
 
@@ -44,6 +58,8 @@ class Estimates:
     step_low: Array | None
     step_high: Array | None
     figures: Efficiency
+    corrected: Correction | None = None
+    """What own runs changed; null where there are none."""
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -60,6 +76,7 @@ class Estimates:
             peak_position=m.peak_position[index],
             by_position=m.by_position[:, index],
             by_phase=m.by_phase[:, index],
+            each_phase=m.each_phase[:, index],
         )
         step = s and Step(parts={k: v[index] for k, v in s.parts.items()}, time_s=s.time_s[index])
         return Estimates(
@@ -73,6 +90,7 @@ class Estimates:
             step_low=None if self.step_low is None else self.step_low[index],
             step_high=None if self.step_high is None else self.step_high[index],
             figures=self.figures,
+            corrected=self.corrected,
         )
 
 
@@ -82,25 +100,42 @@ def software_for(cluster: Cluster) -> Software:
 
 
 def evaluate(
-    spec: ModelSpec, job: Job, cluster: Cluster, c: Candidates, *, software: Software | None = None
+    spec: ModelSpec,
+    job: Job,
+    cluster: Cluster,
+    c: Candidates,
+    *,
+    software: Software | None = None,
+    own: bool = True,
 ) -> Estimates:
     """Memory and step time of every candidate, under DeepSpeed's conventions unless told otherwise."""
     memory = evaluate_memory(spec, job, cluster, c, software=software)
-    return with_step(spec, job, cluster, memory, software=software)
+    return with_step(spec, job, cluster, memory, software=software, own=own)
 
 
 def evaluate_memory(
-    spec: ModelSpec, job: Job, cluster: Cluster, c: Candidates, *, software: Software | None = None
-) -> Estimates:
-    """Memory of every candidate and its risk, without the time: a search drops what does not fit first."""
+    spec: ModelSpec, job: Job, cluster: Cluster, c: Candidates, *, software: Software | None = None,
+    step_only: bool = False,
+) -> Estimates:  # fmt: skip
+    """Memory of every candidate and its risk, without the time: a search drops what does not fit first.
+
+    Of the run's worst phase; `step_only`: of a training step, as published measurements are.
+    """
     software = software or software_for(cluster)
     figures = efficiency_for(cluster.accelerator)
     bucket = reduce_buckets(spec, c)
-    memory = estimate_memory(spec, job, c, bucket=bucket, figures=figures, software=software)
+    run = None if step_only else WholeRun(on_host=cluster.kind == "cpu")
+    memory = estimate_memory(
+        spec, job, c, bucket=bucket, figures=figures, software=software, run=run
+    )
     width = figures["interval.memory_fraction"]
     low, high = interval(memory.device, width)
     risk = risk_above(memory.least, float(cluster.usable_bytes), width)
     usual_risk = risk_above(memory.device, float(cluster.usable_bytes), width)
+    if cluster.host is not None and cluster.kind != "cpu" and not step_only:
+        short = host_of(spec, job, cluster, c, memory, software, figures).total
+        short = short > cluster.host.ram_bytes
+        risk = np.where(short, 1.0, risk)
     return Estimates(
         candidates=c,
         memory=memory,
@@ -115,11 +150,33 @@ def evaluate_memory(
     )
 
 
+def host_of(
+    spec: ModelSpec, job: Job, cluster: Cluster, c: Candidates, memory: Memory,
+    software: Software, figures: Efficiency,
+) -> Host:  # fmt: skip
+    """Host memory and NVMe of one node for every candidate."""
+    loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
+    return host_memory(
+        held_weights(spec, job, c, loads, software), c, job,
+        parameters=parameter_counts(spec).total, bucket=reduce_buckets(spec, c),
+        ranks_per_node=cluster.ranks_per_node,
+        device=memory.device if cluster.kind == "cpu" else None, figures=figures,
+    )  # fmt: skip
+
+
 def with_step(
-    spec: ModelSpec, job: Job, cluster: Cluster, e: Estimates, *, software: Software | None = None
+    spec: ModelSpec,
+    job: Job,
+    cluster: Cluster,
+    e: Estimates,
+    *,
+    software: Software | None = None,
+    own: bool = True,
 ) -> Estimates:
-    """The same candidates with their step times; null still where the accelerator's speed is unknown."""
+    """The same candidates with their step times; null still where the accelerator's speed is unknown.
+    `own`: corrected by this user's own runs on such a machine (planner/own_runs.py)."""
     figures, c = e.figures, e.candidates
+    family = (software or software_for(cluster)).family
     speed = speed_of(cluster, job.precision, figures)
     if speed is None:
         return e
@@ -130,23 +187,25 @@ def with_step(
     kind = "measured_rates" if speed.measured else "datasheet"
     width = figures[f"interval.step_fraction_{kind}"]
     if not speed.measured:
-        family = (software or software_for(cluster)).family
         far = job_distance(spec, job, cluster, software=family)
         width = widened(width, far, figures["interval.step_distance"])
+    found = correction(spec, job, cluster, software=family, half_width=width) if own else None
+    if found is not None:
+        step, width = step.scaled(found.factor), found.half_width
     low, high = interval(step.time_s, width)
-    return dataclasses.replace(e, step=step, step_low=low, step_high=high)
+    return dataclasses.replace(e, step=step, step_low=low, step_high=high, corrected=found)
 
 
-def _memory_dict(e: Estimates, spec: ModelSpec, i: int) -> dict[str, Any]:
+def _memory_dict(
+    e: Estimates, spec: ModelSpec, job: Job, cluster: Cluster, i: int
+) -> dict[str, Any]:
     m, c = e.memory, e.candidates
-    checkpoint = 3 * 4 * parameter_counts(spec).total
     stages = [
         {"stage": name, "device_bytes": round(float(m.by_position[p, i]))}
         for p, name in enumerate(POSITIONS)
         if m.by_position[p, i] > 0 and (int(c.pp[i]) > 1 or p == 0)
     ]
     parts = {name: round(float(values[i])) for name, values in m.parts.items()}
-    offloaded = bool(c.offload_optimizer[i]) or bool(c.offload_param[i])
     return {
         "allocated_bytes": round(float(m.allocated[i])),
         "reserved_bytes": round(float(m.allocated[i] + m.parts["fragmentation"][i])),
@@ -156,17 +215,37 @@ def _memory_dict(e: Estimates, spec: ModelSpec, i: int) -> dict[str, Any]:
         "parts": parts,
         "peak_phase": PHASES[int(m.peak_phase[i])],
         "peak_rank": POSITIONS[int(m.peak_position[i])] if int(c.pp[i]) > 1 else "every",
-        "phases": {
-            "load": None,
-            "step": round(float(m.device[i])),
-            "eval": None,
-            "save": None,
-        },
+        "phases": _phases_dict(m.each_phase[:, i]),
         "stages": stages,
-        "host_bytes": None if offloaded else 0,
-        "nvme_bytes": None if offloaded else 0,
-        "disk_bytes": checkpoint,
+        **_beside_the_device(e, spec, job, cluster, i),
     }
+
+
+def _beside_the_device(
+    e: Estimates, spec: ModelSpec, job: Job, cluster: Cluster, i: int
+) -> dict[str, Any]:
+    """Host memory and NVMe of a node, disk of the run; null for other software than DeepSpeed."""
+    if len(e.memory.each_phase) < len(PHASES):
+        keys = ("host_bytes", "host_parts", "nvme_bytes", "disk_bytes", "disk_parts")
+        return dict.fromkeys(keys)
+    one = e.take(np.array([i]))
+    host = host_of(spec, job, cluster, one.candidates, one.memory, software_for(cluster), e.figures)
+    disk = disk_parts(spec, job, e.candidates.strategy(i))
+    return {
+        "host_bytes": round(float(host.total[0])),
+        "host_parts": {name: round(float(values[0])) for name, values in host.parts.items()},
+        "nvme_bytes": round(float(host.nvme[0])),
+        "disk_bytes": sum(disk.values()),
+        "disk_parts": disk,
+    }
+
+
+def _phases_dict(bytes_by_phase: Array) -> dict[str, int | None]:
+    """Peaks of load, step, eval and save on the heaviest rank of each; null where it is not known."""
+    known = {PHASES[k]: round(float(v)) for k, v in enumerate(bytes_by_phase)}
+    step = round(float(bytes_by_phase[:STEP_PHASES].max()))
+    return {"load": known.get("load"), "step": step,
+            "eval": known.get("eval"), "save": known.get("save")}  # fmt: skip
 
 
 def _step_dict(e: Estimates, i: int) -> dict[str, Any] | None:
@@ -227,6 +306,13 @@ def _assumptions(cluster: Cluster, e: Estimates, job: Job) -> list[dict[str, Any
         for name, figure in e.figures.guesses()
     ]
     rows += [{"what": "probe", "value": None, "source": note} for note in cluster.notes]
+    if e.corrected is not None:
+        rows.append({
+            "what": "own measurements",
+            "value": e.corrected.factor,
+            "source": f"{e.corrected.runs} own runs on such a machine ({own_path()}): the planner's step time "
+            f"times this, half width of the interval {e.corrected.half_width:.0%}",
+        })  # fmt: skip
     if e.step is None:
         rows.append({
             "what": "step time unknown",
@@ -242,6 +328,33 @@ def _assumptions(cluster: Cluster, e: Estimates, job: Job) -> list[dict[str, Any
     return rows
 
 
+def _changes(
+    spec: ModelSpec, job: Job, cluster: Cluster, e: Estimates, i: int
+) -> list[dict[str, Any]] | None:
+    """What would make it fit; null for software other than DeepSpeed, whose rules are not known."""
+    if VERDICTS[int(e.verdict[i])] == "ok":
+        return []
+    if len(e.memory.each_phase) < len(PHASES):
+        return None
+    strategy = e.candidates.strategy(i)
+    return changes(
+        spec, job, cluster, strategy, lambda job, c: evaluate_memory(spec, job, cluster, c)
+    )
+
+
+def _host_unknown(
+    cluster: Cluster, e: Estimates, memory: dict[str, Any], i: int
+) -> list[dict[str, Any]]:
+    """Said where states go to a host whose memory nobody knows."""
+    c = e.candidates
+    if cluster.host is not None or not (c.offload_optimizer[i] or c.offload_param[i]):
+        return []
+    need = memory["host_bytes"]
+    shown = "unknown" if need is None else format_bytes(need)
+    source = f"not known of this hardware, so not in the verdict: offload needs {shown} a node"
+    return [{"what": "host memory", "value": None, "source": source}]
+
+
 def estimate_dict(
     spec: ModelSpec, job: Job, cluster: Cluster, e: Estimates, i: int
 ) -> dict[str, Any]:
@@ -249,6 +362,7 @@ def estimate_dict(
     counts = parameter_counts(spec)
     headroom = cluster.usable_bytes - float(e.memory.device[i])
     verdict = VERDICTS[int(e.verdict[i])]
+    memory = _memory_dict(e, spec, job, cluster, i)
     return {
         "schema": SCHEMA_ESTIMATE,
         "strategy": plain(e.candidates.strategy(i)),
@@ -259,18 +373,21 @@ def estimate_dict(
             "source": spec.source,
             "parameters": counts.total,
             "active_parameters": counts.active,
-            "trainable_parameters": counts.total,
+            "trainable_parameters": counts.total
+            if job.finetune is None
+            else round(adapter_parameters(spec, job.finetune)),
             "flops_per_token": model_flops_per_token(spec, job.seq_len),
         },
         "fits": verdict != "no",
         "verdict": verdict,
         "oom_probability": float(np.round(e.risk[i], 4)),
         "headroom_bytes": round(headroom),
-        "memory": _memory_dict(e, spec, i),
+        "memory": memory,
+        "changes": _changes(spec, job, cluster, e, i),
         "step": _step_dict(e, i),
         "throughput": _throughput(spec, job, cluster, e, i),
         "run": _run_dict(job, cluster, e, i),
-        "assumptions": _assumptions(cluster, e, job),
+        "assumptions": _assumptions(cluster, e, job) + _host_unknown(cluster, e, memory, i),
         "nearest": nearest(
             spec, job, cluster, e.candidates.strategy(i), software=software_for(cluster).family
         ),

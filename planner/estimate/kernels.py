@@ -13,6 +13,18 @@ GELU_TENSORS = {"gelu_new": 5, "gelu_fast": 6, "quick_gelu": 3, "relu": 1, "relu
 is written out in Python (x, x³ term, tanh, 1 + tanh, result), relu keeps its result only; the others,
 one operator each, keep input and result: 2."""
 
+GRADIENT_TENSORS = {
+    "gelu_new": 2,
+    "gelu_fast": 2,
+    "quick_gelu": 2,
+    "relu": 2,
+    "relu2": 2,
+    "bloom_gelu": 5,
+}
+"""Tensors of the MLP's width that the backward pass of a plain activation makes before it frees what
+was saved; the others, one operator each, make 1. A last product has two factors' gradients; relu's
+result is saved twice over; BLOOM writes the derivative out in Python."""
+
 SOFTMAX_IN_WIDTH = frozenset(
     {"gpt2", "gpt_bigcode", "gptj", "falcon", "bert", "roberta", "electra", "bart"}
 )

@@ -1,9 +1,9 @@
 """Peak memory of a rank: the maximum over the phases of a step of what is alive in each.
 
-Phases: `loss` (end of the forward pass, all saved activations and the logits), `backward` (first
-block's backward, then the last, with the gradients complete), `step` (optimizer), `load` (where it is
-known to exceed a step). A pipeline is looked at on its first, heaviest middle and last stage; the
-peak is the largest of the three.
+Phases (`planner/estimate/phases.py`): `loss` (end of the forward pass, all saved activations and the
+logits), `backward` (first block's backward, then the last, with the gradients complete), `step`
+(optimizer); for a whole run also `load`, `eval` and `save`. A pipeline is looked at on its first,
+heaviest middle and last stage; the peak is the largest of the three.
 """
 
 from __future__ import annotations
@@ -17,16 +17,28 @@ from outlay.planner.estimate.activations import (
     Execution,
     SavedPerToken,
     block_saved,
+    head_input_elements,
     logits_bytes_per_token,
 )
 from outlay.planner.estimate.candidates import LOSS, Array, Candidates
 from outlay.planner.estimate.parameters import largest_matrix, parameter_counts
+from outlay.planner.estimate.phases import (
+    PHASES as PHASES,
+)
+from outlay.planner.estimate.phases import (
+    Alive,
+    WholeRun,
+    evaluation,
+    loading,
+    saving,
+    step_phases,
+)
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, heaviest_block, stage_loads
 from outlay.planner.estimate.states import (
     QUANTIZED_BYTES,
     Held,
-    States,
+    optimizer_key,
     state_bytes,
     width_of,
 )
@@ -44,7 +56,6 @@ PARTS = (
     "runtime",
     "fragmentation",
 )
-PHASES = ("loss", "backward", "backward_end", "step", "load")
 POSITIONS = ("first", "middle", "last")
 
 
@@ -64,7 +75,9 @@ class Memory:
     by_position: Array
     """[3, n] device bytes."""
     by_phase: Array
-    """[phases, n] device bytes at the position of the peak."""
+    """[phases, n] device bytes at the position of the peak: of a step's phases, or of all PHASES."""
+    each_phase: Array
+    """[phases, n] the same, each phase at the position where it is largest."""
 
     least: Array
     """Device bytes below which it cannot run: before it fails, torch's allocator gives back what it
@@ -83,17 +96,6 @@ class Memory:
         if kind.endswith("_last_rank"):
             whole = (self.by_position[2] - runtime) * (whole / (self.allocated + waste))
         return whole
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Alive:
-    """What is alive in one phase; arrays [3, n]."""
-
-    gradients: Array
-    activations: Array
-    logits: Array
-    communication: Array
-    workspace: Array
 
 
 def in_flight(c: Candidates) -> Array:
@@ -171,8 +173,13 @@ def _activations(
         last = np.maximum(last, np.where(count > 0, transient + whole, 0.0))
     shared = np.where(c.sequence_parallel > 0, c.tp, 1)
     edge = sequences * job.seq_len * spec.hidden * ex.width / shared
-    alive: Array = in_flight(c) * (saved + _edges(c, software) * edge)
-    return alive, live, last
+    head = sequences * job.seq_len * head_input_elements(spec, ex) * ex.width / shared
+    alive: Array = in_flight(c) * (saved + _edges(c, software) * edge + loads.has_head * head)
+    # Eager attention adds one mask to the scores, a value for each token and key. Checkpointed blocks
+    # keep it; without checkpointing it may be gone in the backward pass.
+    mask = (ex.attention == "eager") & (ex.kernels == "hf")
+    once = mask * sequences * job.seq_len * job.seq_len * ex.width
+    return alive + once, live, last + once
 
 
 def _edges(c: Candidates, software: Software) -> Array:
@@ -200,8 +207,12 @@ def _logits(
     peak = np.zeros(len(c))
     for i, name in enumerate(LOSS):
         if np.any(c.loss == i):
+            p: Array | float
             k, p = logits_bytes_per_token(spec, width, loss=name, implementation=software.loss)
             if software.family == "deepspeed":
+                if software.loss == "runner":
+                    # the pipeline's output buffers hold this and the last micro-batch's logits
+                    p, k = p + width * spec.vocab * (c.pp > 1), float(width * spec.vocab)
                 kept = np.where((c.pp > 1) & (c.grad_accum > 1), k, 0.0)
                 peak = np.where(c.loss == i, p + kept, peak)
             else:
@@ -210,39 +221,9 @@ def _logits(
     return whole
 
 
-def _phases(
-    c: Candidates,
-    states: States,
-    activations: tuple[Array, Array, Array],
-    logits: Array,
-    head_grad: Array,
-    work: Array,
-) -> tuple[_Alive, ...]:
-    """What is alive at the loss, the first and last block's backward, the optimizer step, the load."""
-    saved, live, last = activations
-    nothing = np.zeros_like(saved)
-    again = np.where(c.grad_accum > 1, states.gradients_held, states.gradients_always)
-    buffers = states.communication
-    gathered = states.gathered + work
-    phases = (
-        _Alive(gradients=again, activations=saved, logits=logits,
-               communication=states.communication_always, workspace=gathered),
-        _Alive(gradients=np.maximum(again, np.minimum(states.gradients_held, head_grad)),
-               activations=saved + live, logits=nothing,
-               communication=buffers, workspace=gathered),
-        _Alive(gradients=states.gradients_held + states.gradients_new, activations=last,
-               logits=nothing, communication=buffers, workspace=gathered),
-        _Alive(gradients=states.gradients_held, activations=nothing, logits=nothing,
-               communication=nothing, workspace=states.step_temporary + work),
-    )  # fmt: skip
-    if not np.any(states.load):
-        return phases
-    load = np.maximum(states.load - states.parameters - states.optimizer_states, 0.0)
-    return (*phases, _Alive(gradients=nothing, activations=nothing, logits=nothing,
-                            communication=nothing, workspace=load))  # fmt: skip
-
-
-def _held(spec: ModelSpec, job: Job, c: Candidates, loads: StageLoads, software: Software) -> Held:
+def held_weights(
+    spec: ModelSpec, job: Job, c: Candidates, loads: StageLoads, software: Software
+) -> Held:
     """Weights of a rank before data parallelism, and how many of them are trained."""
     counts = parameter_counts(spec)
     block = counts.blocks[spec.blocks.index(heaviest_block(spec))]
@@ -287,8 +268,10 @@ def estimate_memory(
     bucket: Array,
     figures: Mapping[str, float],
     software: Software,
+    run: WholeRun | None = None,
 ) -> Memory:
-    """Peak memory of the heaviest rank.
+    """Peak memory of the heaviest rank: of a step, or of the whole run where `run` is given (loading,
+    evaluation and saving are known of DeepSpeed only).
 
     `figures` gives `memory.workspace_bytes` (matrix multiply's, allocated by torch),
     `memory.runtime_bytes` (context, libraries), `memory.runtime_bytes_per_group` (a communicator),
@@ -297,22 +280,16 @@ def estimate_memory(
     loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
     width = width_of(job.precision)
     ex = Execution(
-        width=width,
-        kernels=software.kernels,
-        attention=job.attention,
-        mask_bytes=software.mask_bytes or width,
-        finetune=job.finetune,
+        width=width, kernels=software.kernels, attention=job.attention,
+        mask_bytes=software.mask_bytes or width, finetune=job.finetune,
         quant_saves_input=software.quant_saves_input,
-    )
-    held = _held(spec, job, c, loads, software)
+    )  # fmt: skip
+    held = held_weights(spec, job, c, loads, software)
     states = state_bytes(
         held,
         c,
-        software=software,
-        precision=job.precision,
-        optimizer=_optimizer_key(job),
-        bucket=bucket,
-    )
+        software=software, precision=job.precision, optimizer=optimizer_key(job), bucket=bucket,
+    )  # fmt: skip
     activations = _activations(
         spec, job, c, loads, ex, software, figures["memory.expert_imbalance"]
     )
@@ -321,22 +298,31 @@ def estimate_memory(
     work = figures["memory.workspace_bytes"]
     if held.frozen_bytes is not None:
         work = work + width * held.largest_tensor
-    phases = _phases(c, states, activations, logits, head_grad, np.full(logits.shape, work))
-    return _peak(c, loads, states, phases, figures)
+    at_work = np.full(logits.shape, work)
+    table = parameter_counts(spec).embedding - spec.vocab * spec.hidden * spec.tie_embeddings
+    # ... of that block, all but the last projection's, whose gradient is made first
+    down = spec.hidden * max(b.mlp.ffn * max(1, b.mlp.experts) for b in spec.blocks) / c.tp
+    late = np.maximum(loads.has_embedding * table / c.tp + held.block - down, 0.0)
+    late_grad = held.trainable * width * late
+    phases = step_phases(c, states, activations, logits, head_grad, late_grad, at_work)
+    if run is not None and software.family == "deepspeed":
+        whole = float(parameter_counts(spec).total)
+        phases += (
+            loading(held, c, states, bucket, width, run),
+            evaluation(spec, job, c, states, ex, loads.has_head, at_work),
+            saving(held, c, states, whole, width, run),
+        )
+    return _peak(c, loads, phases, figures)
 
 
 def _peak(
     c: Candidates,
     loads: StageLoads,
-    states: States,
-    phases: tuple[_Alive, ...],
+    phases: tuple[Alive, ...],
     figures: Mapping[str, float],
 ) -> Memory:
     """The largest phase on the heaviest position, with what torch does not count on top."""
-    fixed = states.parameters + states.optimizer_states
-    totals = np.stack([
-        fixed + p.gradients + p.activations + p.logits + p.communication + p.workspace for p in phases
-    ])  # fmt: skip
+    totals = np.stack([p.total for p in phases])
     totals = np.where(loads.exists, totals, 0.0)
     n = np.arange(len(c))
     flat = totals.max(axis=0)
@@ -350,13 +336,17 @@ def _peak(
     waste = figures["memory.fragmentation_fraction"]
 
     def alive(name: str) -> Array:
-        chosen: Array = np.stack([getattr(p, name) for p in phases])[phase, position, n]
+        chosen = np.zeros(len(c))
+        for k, one in enumerate(phases):
+            part = getattr(one, name)
+            if part is not None:
+                chosen = np.where(phase == k, part[position, n], chosen)
         return chosen
 
     parts = {
-        "parameters": states.parameters[position, n],
+        "parameters": alive("parameters"),
         "gradients": alive("gradients"),
-        "optimizer_states": states.optimizer_states[position, n],
+        "optimizer_states": alive("optimizer_states"),
         "activations": alive("activations"),
         "logits": alive("logits"),
         "communication_buffers": alive("communication"),
@@ -374,10 +364,5 @@ def _peak(
         peak_position=position,
         by_position=np.where(loads.exists, flat * overhead[0] + overhead[1], 0.0),
         by_phase=totals[:, position, n] * overhead[0] + overhead[1],
+        each_phase=totals.max(axis=1) * overhead[0] + overhead[1],
     )
-
-
-def _optimizer_key(job: Job) -> str:
-    if job.optimizer.name == "sgd":
-        return "sgd_momentum" if job.optimizer.momentum else "sgd"
-    return job.optimizer.name

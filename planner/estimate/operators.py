@@ -15,6 +15,7 @@ import numpy as np
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.compute import attention_flops_per_token, block_gemms, keys_per_token
 from outlay.planner.estimate.software import Software
+from outlay.planner.estimate.states import QUANTIZED_BYTES
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import Attention, Block, ModelSpec
@@ -151,7 +152,9 @@ def linear_s(
     """(forward, forward and both backward products) seconds of one block's weight multiplies.
 
     Backward: dX is [tokens, n]·[n, k] and dW is [k, tokens]·[tokens, n]. Experts receive
-    tokens·top_k·imbalance over the group's ep ranks, each local expert its share.
+    tokens·top_k·imbalance over the group's ep ranks, each local expert its share. Frozen weights have no
+    dW; quantized ones are unpacked into the compute width in each pass (QLoRA, arXiv 2305.14314, section 3).
+    The products of adapters, below 1 % of these at usual ranks, are left out.
     """
     width, mlp = width_of(job.precision), block.mlp
     low = job.precision in _LOW
@@ -169,9 +172,14 @@ def linear_s(
         backward = backward + gemm_s(
             rows, n, k, speed, width, figures, rate=speed.linear_flops, count=count
         )
-        backward = backward + gemm_s(
-            k, rows, n, speed, width, figures, rate=speed.linear_flops, count=count
-        )
+        if job.finetune is None:
+            backward = backward + gemm_s(
+                k, rows, n, speed, width, figures, rate=speed.linear_flops, count=count
+            )
+        elif job.finetune.quant in QUANTIZED_BYTES:
+            unpacked = (QUANTIZED_BYTES[job.finetune.quant] + width) * count * k * n
+            forward = forward + unpacked / speed.memory_bytes_per_s
+            backward = backward + unpacked / speed.memory_bytes_per_s
         if low:
             # Each tensor is cast once, into the layouts of both products that read it.
             cast = count * figures["compute.cast_bytes"] / speed.memory_bytes_per_s
@@ -309,4 +317,5 @@ def head_s(
     hidden = np.asarray(float(spec.hidden))
     product = gemm_s(tokens, hidden, vocab, speed, width, figures)
     value = 4.0 * vocab * tokens * figures["compute.elementwise_factor"] / speed.memory_bytes_per_s
-    return product + 3.0 * value, 2.0 * product + 6.0 * value
+    back = 2.0 if job.finetune is None else 1.0  # a frozen head has no dW
+    return product + 3.0 * value, back * product + 6.0 * value

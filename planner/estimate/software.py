@@ -36,7 +36,7 @@ class Software:
     master: bool = True
     """Weights and moments in fp32 beside 16-bit compute; else all is in the width (bf16-true)."""
     loss: str = "hf"
-    """How the plain loss is written: hf | vocab_parallel | fused | narrow | fp32."""
+    """How the plain loss is written: hf | runner | vocab_parallel | fused | narrow | fp32."""
     selective: str = "attention"
     """What selective checkpointing recomputes: the core of `attention` (Megatron), or all but what
     torchtitan's list keeps of each operation (`per_op`)."""
@@ -136,6 +136,7 @@ CPU_DEEPSPEED = Software(
     dropout=False,
     overlap=0.0,
     start_hidden=False,
+    loss="runner",
     mask_bytes=0,
     step_in_torch=True,
 )

@@ -14,14 +14,19 @@ import numpy as np
 from outlay.planner.estimate.buckets import max_live_parameters, sub_group_size
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.software import Software
+from outlay.planner.spec.job import Job
 
 MOMENTS = {
     "adamw": 8, "adam": 8, "lamb": 8, "sgd": 0, "sgd_momentum": 4, "lion": 4, "muon": 4,
     "rmsprop": 4, "adafactor": 0.01, "adamw_8bit": 2.03, "paged_adamw": 0, "paged_adamw_8bit": 0,
 }  # fmt: skip
-"""Bytes a parameter of optimizer state beside fp32 master weights. 8-bit: one byte and its blockwise
-scale (a 4-byte scale for 256 values) each; paged: in memory that the driver moves, not counted here;
-adafactor: a row and a column of each matrix."""
+"""Bytes a parameter of optimizer state beside fp32 master weights. Two fp32 moments: Adam (arXiv
+1412.6980), LAMB; one: SGD with momentum, RMSprop (torch.optim), Lion (arXiv 2302.06675), Muon. 8-bit: one
+byte and its blockwise scale (a 4-byte scale for 256 values, arXiv 2110.02861) each; paged: in memory that
+the driver moves to the host (bitsandbytes), not counted on the device; Adafactor (arXiv 1804.04235): a row
+and a column of each matrix. Under DeepSpeed see `deepspeed_moments`."""
+PAGED = {"paged_adamw": 8.0, "paged_adamw_8bit": 2.03}
+"""Bytes a parameter that the host must be able to take of paged states."""
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 """A weight of a frozen linear layer: 4 bits with an fp32 scale for 64 of them, or that scale in 8 bits
 with an fp32 one for 256 scales (QLoRA, arXiv 2305.14314, section 3); 8 bits with a scale a row."""
@@ -73,6 +78,8 @@ class States:
     """What one backward adds before it is reduced into those held."""
     optimizer_states: Array
     """Master weights and moments."""
+    master: Array
+    """Of these, the fp32 master weights; DeepSpeed's only, 0 elsewhere."""
     step_temporary: Array
     """Alive only in the optimizer step: fp32 copies of gradients, updated weights in flight."""
     communication: Array
@@ -90,6 +97,27 @@ def width_of(precision: str) -> int:
     return 4 if precision in ("fp32", "tf32") else 2
 
 
+def optimizer_key(job: Job) -> str:
+    """The job's optimizer as a key of MOMENTS."""
+    if job.optimizer.name == "sgd":
+        return "sgd_momentum" if job.optimizer.momentum else "sgd"
+    return job.optimizer.name
+
+
+def deepspeed_moments(optimizer: str, zero: Array | int, width: int, root: Array | float) -> Array:
+    """Bytes a parameter of moments under DeepSpeed; `root`: share of the weights outside the blocks.
+
+    Adafactor factors matrices only, and what ZeRO and the 16-bit wrappers give it is one flat vector.
+    Muon steps the blocks' matrices with one moment and leaves the rest to Adam (`runtime/zero/muon/`).
+    """
+    if optimizer == "adafactor":
+        flat = (np.asarray(zero) >= 1) | (width == 2)
+        return np.where(flat, 4.0, MOMENTS[optimizer])
+    if optimizer == "muon":
+        return np.asarray(4.0 + 4.0 * np.asarray(root))
+    return np.asarray(float(MOMENTS[optimizer]))
+
+
 def state_bytes(
     held: Held, c: Candidates, *, software: Software, precision: str, optimizer: str, bucket: Array
 ) -> States:
@@ -102,34 +130,46 @@ def state_bytes(
     elif software.family in ("ddp", "single"):
         states = _replicated(held, c, software, width, optimizer)
     else:
-        states = _deepspeed(held, c, software, width, optimizer, bucket)
+        states = _deepspeed(held, c, software, precision, optimizer, bucket)
     shape = np.broadcast_shapes(held.dense.shape, (3, len(c)))
+    states.setdefault("master", 0.0)
     return States(**{k: np.broadcast_to(v, shape).astype(float) for k, v in states.items()})
 
 
 def _deepspeed(
-    held: Held, c: Candidates, software: Software, width: int, optimizer: str, bucket: Array
+    held: Held, c: Candidates, software: Software, precision: str, optimizer: str, bucket: Array
 ) -> dict[str, Array | float]:
     """DeepSpeed 0.19.8.
 
     Stage 0 in fp32 is plain torch. In 16 bits it is DeepSpeed's FP16/BF16 wrapper with fp32
     master weights. Stages 1 and 2 keep the fp32 partition even where the weights are fp32
-    themselves (`single_partition_of_fp32_groups` is a clone). Stage 1 + bf16 keeps fp32 gradients
-    where DeepSpeed picks BF16_Optimizer, which the emitted configuration never asks for.
+    themselves (`single_partition_of_fp32_groups` is a clone). A bf16 pipeline at stage 0 gets
+    BF16_Optimizer (`engine.py`, `_do_optimizer_sanity_check`): partitioned states, and a flat buffer of
+    all gradients beside `.grad`. At stage 1 that needs `grad_accum_dtype: fp32`, which we never emit.
+    Offload (`stage_1_and_2.py`, `stage3.py`): states, and at stages 2 and 3 the partition's gradients,
+    are on the host; the device keeps one temporary of the largest gradient, or nothing at stage 3.
     """
-    moments, zero, parameters = MOMENTS[optimizer], c.zero, held.total
+    zero, parameters, width = c.zero, held.total, width_of(precision)
+    moments = deepspeed_moments(optimizer, zero, width, held.root / np.maximum(parameters, 1.0))
+    # Torch's own step is how CPU ranks are told: there the host is the device, and nothing leaves it.
+    same_memory = (c.offload_optimizer == 1) & software.step_in_torch
     offloaded = c.offload_optimizer > 0
+    away = (c.offload_param > 0) & (not software.step_in_torch)
+    bf16_pipeline = (zero == 0) & (c.pp > 1) & (precision == "bf16")
     shard = held.shard(c)
-    share = held.trainable * np.where(zero >= 1, shard, parameters)
-    weights = _weights(held, width) * np.where(zero == 3, shard, parameters)
+    share = held.trainable * np.where((zero >= 1) | bf16_pipeline, shard, parameters)
+    on_device = np.where(zero == 3, np.where(away, 0.0, shard), parameters)
+    weights = _weights(held, width) * on_device
     master = np.where((zero == 0) & (width == 4), 0, 4 * share)
-    gradients = width * held.trainable * np.where(zero >= 2, shard, parameters)
+    kept = np.where(zero >= 2, np.where(offloaded, 0.0, shard), parameters * (1 + bf16_pipeline))
+    gradients = width * held.trainable * kept
     # One backward: stages 0 and 1 accumulate in place; 2 and 3 fill a bucket, then reduce it.
     in_flight = width * np.minimum(
         held.trainable * parameters, np.maximum(bucket, held.largest_tensor)
     )
     buckets = np.where((zero >= 1) & (zero <= 2), width * bucket * (1 + c.overlap_comm), 0.0)
     buckets = buckets + np.where(zero == 3, width * bucket, 0.0)
+    temporary_gradient = np.where(offloaded & (zero < 3), width * held.largest_tensor / c.tp, 0.0)
     # Gathered weights stay until that many are alive; a block and the next are gathered in any case.
     live = np.maximum(max_live_parameters(bucket), 2 * held.block)
     # The step works on one tensor (stage 0), the partition (1, 2) or a sub-group of it (3): the fp32
@@ -137,23 +177,38 @@ def _deepspeed(
     part = np.where(zero == 3, np.minimum(share, sub_group_size(bucket)), share)
     stepped = np.where(zero == 0, np.minimum(held.largest_tensor, share), part)
     copy = np.where((zero >= 1) | (width == 2), 4 * part, 0.0)
-    work = 8 * stepped if software.step_in_torch and moments else 0.0
-    # Stages 1 to 3 drop the gradients once they are copied, before the optimizer works.
-    temporary = np.where(zero >= 1, np.maximum(copy, copy + work - gradients), copy + work)
+    work = 8 * stepped * (moments > 0) if software.step_in_torch else 0.0
+    staged = np.where(same_memory, _staged(c, share, master, moments, width), 0.0)
+    # Stages 1 to 3 drop the gradients once they are copied, before the optimizer works. Stage 0 has
+    # reduced them by then, flattened into a second copy (`engine.py`, `allreduce_no_retain`).
+    many = (c.dp * c.cp * c.sp > 1) & ~bf16_pipeline
+    flat = width * held.trainable * np.minimum(parameters, _DEFAULT_BUCKET) * many
+    temporary = np.where(
+        zero >= 1, np.maximum(copy, copy + work - gradients), np.maximum(flat, copy + work)
+    )
     return {
         "parameters": weights,
         "gradients_held": gradients,
         # Stage 3 allocates its shard at the start (`grad_partitions_flat_buffer`).
-        "gradients_always": np.where(zero == 3, gradients, 0.0),
+        "gradients_always": np.where(zero == 3, gradients, gradients / 2 * bf16_pipeline),
         "gradients_new": np.where(zero >= 2, in_flight, 0.0),
-        "optimizer_states": np.where(offloaded, 0, master + moments * share),
+        "optimizer_states": np.where(offloaded, staged, master + moments * share),
+        "master": np.where(offloaded, staged - moments * share * same_memory, master),
         "step_temporary": np.where(offloaded, 0.0, temporary),
-        "communication": buckets,
+        "communication": buckets + temporary_gradient,
         # Stages 1 and 2 release theirs after each backward (`_release_ipg_buffers`).
-        "communication_always": np.where(zero == 3, buckets, 0.0),
+        "communication_always": np.where(zero == 3, buckets, temporary_gradient),
         "gathered": np.where(zero == 3, width * np.minimum(parameters, live), 0.0),
         "load": 0.0,
     }
+
+
+def _staged(c: Candidates, share: Array, master: Array, moments: Array, width: int) -> Array:
+    """What an offloaded optimizer keeps in host memory: states, fp32 gradients, the 16-bit copy of
+    stages 1 and 2, and between micro-batches the gradients (stage 3: its flat shard)."""
+    again = width * share * ((c.grad_accum > 1) | (c.zero == 3))
+    kept: Array = master + (moments + 4 + width * (c.zero < 3)) * share + again
+    return kept
 
 
 def _megatron(

@@ -16,8 +16,10 @@ import numpy as np
 from outlay.planner.estimate.candidates import OFFLOAD, Array, Candidates
 from outlay.planner.estimate.communication import Figures, transfer_s
 from outlay.planner.estimate.data_parallel import Traffic, exposed_s, traffic
+from outlay.planner.estimate.memory import adapter_parameters
 from outlay.planner.estimate.micro_batch import TENSORS_PER_BLOCK, MicroBatch, hook_s, micro_batch_s
 from outlay.planner.estimate.operators import Speed, speed_of, width_of
+from outlay.planner.estimate.parameters import parameter_counts
 from outlay.planner.estimate.pipeline import bubble_s
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, stage_loads
@@ -58,6 +60,11 @@ class Step:
 
     parts: dict[str, Array]
     time_s: Array
+
+    def scaled(self, factor: float) -> Step:
+        """Every part times the same."""
+        parts = {name: seconds * factor for name, seconds in self.parts.items()}
+        return Step(parts=parts, time_s=self.time_s * factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +132,13 @@ def _offload_s(
     return step, micro + np.where(c.offload_param == NVME, 2.0 * width * node / read, 0.0)
 
 
+def trained_share(spec: ModelSpec, job: Job) -> float:
+    """Share of the weights that has gradients: what is reduced and stepped."""
+    if job.finetune is None:
+        return 1.0
+    return min(1.0, adapter_parameters(spec, job.finetune) / parameter_counts(spec).total)
+
+
 def _shards(
     spec: ModelSpec,
     job: Job,
@@ -137,10 +151,11 @@ def _shards(
 ) -> _Shards:
     loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
     step, micro = _offload_s(job, c, loads, cluster, figures)
+    trained = trained_share(spec, job)
     return _Shards(
-        traffic=traffic(job, c, loads, bucket, cluster, figures, software),
-        optimizer=_optimizer_s(job, c, loads, speed, figures, software),
-        offload_step=step,
+        traffic=traffic(job, c, loads, bucket, cluster, figures, software, trained),
+        optimizer=trained * _optimizer_s(job, c, loads, speed, figures, software),
+        offload_step=trained * step,
         offload_micro=micro,
     )
 

@@ -100,6 +100,40 @@ def _parts_table(title: str, parts: dict[str, float], total: float, show: Any) -
     return grid
 
 
+def memory_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    """The phases of the run beside each other, and what it takes of the host and the disk."""
+    phases = [
+        f"{name} {format_bytes(value) if value is not None else 'unknown'}"
+        for name, value in memory["phases"].items()
+    ]
+
+    def taken(total: int | None, parts: dict[str, int] | None) -> str:
+        if total is None or parts is None:
+            return "unknown"
+        largest = sorted(parts.items(), key=lambda kv: -kv[1])
+        of = ", ".join(f"{k.replace('_', ' ')} {format_bytes(v)}" for k, v in largest if v > 0)
+        return f"{format_bytes(total)}: {of}"
+
+    rows = [
+        ("phases", ", ".join(phases)),
+        ("host, a node", taken(memory["host_bytes"], memory["host_parts"])),
+    ]
+    if memory["nvme_bytes"]:
+        rows.append(("NVMe, a node", format_bytes(memory["nvme_bytes"])))
+    return [*rows, ("disk", taken(memory["disk_bytes"], memory["disk_parts"]))]
+
+
+def changes_table(rows: list[dict[str, Any]]) -> RenderableType:
+    """What would make it fit, one change a line."""
+    grid = table("what would change it", "saves", "then", "verdict", "outlay run")
+    for row in rows:
+        grid.add_row(
+            row["what"], format_bytes(row["saves_bytes"]), format_bytes(row["device_bytes"]),
+            row["verdict"], "yes" if row["runs"] else "no",
+        )  # fmt: skip
+    return grid
+
+
 def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
     """The headline of an estimate."""
     memory, step, run, cluster = e["memory"], e["step"], e["run"], e["cluster"]
@@ -110,6 +144,7 @@ def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory a rank", f"{m} of {format_bytes(cluster['usable_bytes'])}: {e['verdict']}, "
                           f"{e['oom_probability']:.1%} risk of running out"),
         ("peak", f"{memory['peak_phase']} phase, {memory['peak_rank']} rank"),
+        *memory_rows(memory),
     ]  # fmt: skip
     if step is None:
         rows.append(("step time", "unknown"))
@@ -167,6 +202,8 @@ def print_estimate(console: Console, e: dict[str, Any], budgets: list[tuple[str,
     console.print(
         _parts_table("memory at the peak", memory["parts"], memory["device_bytes"], format_bytes)
     )
+    if e["changes"]:
+        console.print(changes_table(e["changes"]))
     if step is not None:
         console.print(_parts_table("time of a step", step["parts"], step["time_s"], format_seconds))
     print_assumptions(console, e["assumptions"])

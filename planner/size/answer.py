@@ -24,7 +24,7 @@ from outlay.planner.size.choose import (
 from outlay.planner.size.chosen import SCHEMA_SIZE
 from outlay.planner.size.engine import Ask, Sizer, Timed, points_of
 from outlay.planner.size.losers import Loser, losers_of, refusal
-from outlay.planner.size.money import INCLUDED, NOT_INCLUDED, changes_most, project_assumptions
+from outlay.planner.size.money import NOT_INCLUDED, changes_most, included_in, project_assumptions
 from outlay.planner.size.offers import Offer, unpriced
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.files import plain
@@ -300,7 +300,7 @@ def answer_dict(a: Answer, *, reference: str, weights: str | None, today: date) 
         "changes_most": changes_most(
             a.shown[0].timed, a.shown[0].offer, a.shown[0].nodes, a.shown[0].total.terms
         ),
-        "included": list(INCLUDED),
+        "included": included_in(a.ask.job),
         "not_included": list(NOT_INCLUDED),
-        "project": project_assumptions(),
+        "project": project_assumptions(a.ask.job),
     }  # fmt: skip

@@ -166,6 +166,15 @@ def _unnamed(
     limits: Limits, objective: str, notes: list[dict[str, Any]],
 ) -> Asked:  # fmt: skip
     """No model: its size from a wanted size or loss, or as large as the limits allow."""
+    pretrained = [
+        k for k in ("finetune", "data", "attempts", "pilot") if getattr(file, k) is not None
+    ]
+    if pretrained:
+        raise UsageError(
+            f"no model, but {', '.join('--' + k for k in pretrained)}",
+            why="a model is sized for one pretraining run of its own length",
+            do="name one with --model",
+        )
     seq_len = file.seq_len or DEFAULT_SEQ_LEN
     if file.seq_len is None:
         notes.append({"what": "seq_len", "value": seq_len, "source": "default"})

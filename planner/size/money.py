@@ -18,6 +18,7 @@ from outlay.planner.project_cost import (
 )
 from outlay.planner.size.engine import Timed
 from outlay.planner.size.offers import Offer
+from outlay.planner.spec.job import Job
 from outlay.profiles.offers import carbon_intensities
 
 MOST_LOST = 0.9
@@ -45,6 +46,27 @@ class Total:
     energy_kwh: float | None
     co2e_kg: float | None
     accelerator_hours: float
+
+
+def assumptions_of(job: Job) -> CostAssumptions:
+    """The defaults, with the attempts and the pilot that the job asks for."""
+
+    def asked(value: float, flag: str) -> Assumption:
+        return Assumption(low=value, expected=value, high=value, source=flag)
+
+    return dataclasses.replace(
+        _DEFAULT, attempts=asked(job.attempts, "--attempts"),
+        pilot_fraction=asked(job.pilot_fraction, "--pilot"),
+    )  # fmt: skip
+
+
+def included_in(job: Job) -> list[str]:
+    """What a total holds besides the steps, in words."""
+    if job.attempts == 1 and not job.pilot_fraction:
+        return list(INCLUDED)
+    runs = f"{job.attempts} attempt{'s' * (job.attempts != 1)}"
+    pilot = f" and a pilot of {job.pilot_fraction:.1%} of one" if job.pilot_fraction else ""
+    return [runs + pilot, *INCLUDED]
 
 
 def _terms(kind: str, usd_per_h: float | None, offer: Offer) -> Terms:
@@ -87,7 +109,7 @@ def totals(
         terms = _terms(kind, whole, offer)
         cost = project_cost(
             terms, training, accelerators=ranks, nodes=nodes, tdp_w=timed.cluster.accelerator.tdp_w,
-            assumptions=assumed,
+            assumptions=assumed or assumptions_of(timed.job),
         )  # fmt: skip
         if not math.isfinite(float(cost.wall_s.high)):
             continue
@@ -114,9 +136,10 @@ def _middle(value: Range | None) -> float | None:
     return None if value is None else float(value.expected)
 
 
-def project_assumptions() -> list[dict[str, Any]]:
+def project_assumptions(job: Job) -> list[dict[str, Any]]:
     """Each assumption with its ends and its source."""
-    return [{"what": name, **dataclasses.asdict(a)} for name, a in vars(_DEFAULT).items()]
+    taken = assumptions_of(job)
+    return [{"what": name, **dataclasses.asdict(a)} for name, a in vars(taken).items()]
 
 
 def changes_most(timed: Timed, offer: Offer, nodes: int, terms: str) -> list[dict[str, Any]]:
@@ -133,9 +156,10 @@ def changes_most(timed: Timed, offer: Offer, nodes: int, terms: str) -> list[dic
         usd(dataclasses.replace(timed, step_s=s)) for s in (timed.step_low_s, timed.step_high_s)
     ]
     rows = [_change("step time", "step time within its 90 % interval", ends, now)]
-    for name, a in vars(_DEFAULT).items():
+    taken = assumptions_of(timed.job)
+    for name, a in vars(taken).items():
         fixed = [Assumption(low=v, expected=v, high=v, source=a.source) for v in (a.low, a.high)]
-        ends = [usd(timed, dataclasses.replace(_DEFAULT, **{name: f})) for f in fixed]
+        ends = [usd(timed, dataclasses.replace(taken, **{name: f})) for f in fixed]
         words = name.replace("_", " ")
         rows.append(
             _change(name, f"{words} {a.expected:.3g} ({a.low:.3g} to {a.high:.3g})", ends, now)

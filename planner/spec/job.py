@@ -86,6 +86,14 @@ class Optimizer:
             raise UsageError(f"optimizer.weight_decay makes no sense: {self.weight_decay}")
 
 
+FINETUNE_WORDS = ("full", "lora", "qlora", "adapter", "adapter_v2")
+"""What `--finetune` takes; lora and qlora with a rank, as in qlora:r16."""
+_NO_FORMULA = {
+    "dora": "it holds the norms of the merged weights besides, whose memory was not measured",
+    "freeze": "which activations a partly frozen model keeps depends on the layers, and was not measured",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
     """Training of adapters over frozen weights."""
@@ -97,6 +105,41 @@ class Finetune:
     """Before the LoRA factors."""
     quant: Literal["none", "nf4", "nf4-dq", "int8"] = "none"
     """How the frozen linear layers are held; dq = their scales quantized too."""
+
+    @classmethod
+    def parse(cls, text: str, *, where: str = "--finetune") -> Finetune | None:
+        """`"full"` is null; `"lora"`, `"lora:r16"`, `"qlora:r16"` (4-bit NF4 with quantized scales),
+        `"adapter"`, `"adapter_v2"`. What has no formula here is refused, not approximated."""
+        name, _, detail = text.strip().lower().partition(":")
+        if name in _NO_FORMULA:
+            raise UsageError(
+                f"{name} is not estimated", where=where, why=_NO_FORMULA[name],
+                do="name lora, qlora or an adapter; `full` for all weights",
+            )  # fmt: skip
+        if name not in FINETUNE_WORDS:
+            raise UsageError(
+                f"unknown method {text!r}",
+                where=where,
+                do=f"use one of {', '.join(FINETUNE_WORDS)}",
+            )
+        ranked = name in ("lora", "qlora")
+        if detail and not (ranked and detail[0] == "r" and detail[1:].isdecimal()):
+            raise UsageError(
+                f"{text!r}: what is {detail!r}", where=where,
+                do="a rank is written r16, as in lora:r16 and qlora:r16",
+            )  # fmt: skip
+        if name == "full":
+            return None
+        rank = int(detail[1:]) if detail else cls.rank
+        if name == "qlora":
+            return cls(method="lora", rank=rank, quant="nf4-dq")
+        return cls(method=name, rank=rank)  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UsageError(f"finetune.rank must be at least 1, not {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"finetune.dropout must be in [0, 1), not {self.dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +157,10 @@ class Data:
     """Where the tokens come from."""
 
     path: str
-    """A folder that `outlay data prepare` wrote (dataset.json), a text file, or a folder of text."""
+    """A folder that `outlay data prepare` wrote (dataset.json), a file of rows or text, or a folder."""
     format: Literal["tokens", "text"] = "tokens"
     tokenizer: str | None = None
-    """tokenizer.json; needed for text, found in the folder for tokens."""
+    """tokenizer.json or its folder; needed for text, found in the folder for tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +184,12 @@ class Job:
     finetune: Finetune | None = None
     """Null = every weight is trained."""
     data: Data | None = None
+    packing: bool = True
+    """Rows are joined end to end; else each is a sequence of its own, cut or padded to seq_len."""
+    attempts: int = 1
+    """Whole runs that the project pays for."""
+    pilot_fraction: float = 0.0
+    """Of the steps, run once more before them as a trial."""
     budget: tuple[Budget, ...] = ()
     seed: int = 0
     eval_every: int | None = None
@@ -160,7 +209,9 @@ class Job:
         return self.global_batch * self.seq_len
 
     def __post_init__(self) -> None:
-        for key in ("seq_len", "global_batch", "steps", "eval_sequences"):
+        for key in ("seq_len", "global_batch", "steps", "eval_sequences", "attempts"):
             value: Any = getattr(self, key)
             if value < 1:
                 raise UsageError(f"{key} must be at least 1, not {value}")
+        if not 0 <= self.pilot_fraction <= 1:
+            raise UsageError(f"a pilot of {self.pilot_fraction:.0%} of the run makes no sense")

@@ -85,4 +85,8 @@ class Outcome:
     export: str | None
     heldout_unigram: float | None = None
     """Loss of a unigram model on the same held-out tokens, nats a token: what any model must beat."""
+    energy_kwh: float | None = None
+    """With PUE; null = not metered."""
+    energy_source: str | None = None
+    co2e_kg: float | None = None
     schema: str = field(default=SCHEMA_OUTCOME)

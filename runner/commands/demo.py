@@ -220,6 +220,9 @@ def _train(out: Console, root: Path) -> dict[str, Any]:
         str(root / "plan.yaml"),
         "--dir",
         str(root / "run"),
+        "--yes",
+        "--when-over",
+        "anneal",
     ]
     code = subprocess.run(command, check=False).returncode
     if code not in (EXIT_DONE, EXIT_BUDGET):

@@ -12,6 +12,7 @@ import click
 
 from outlay.planner.options import format_option
 from outlay.profiles.errors import CheckpointError, MissingExtra, UsageError
+from outlay.runner.before import confirm, limit_options, limits_from, require_affordable, summary
 
 if TYPE_CHECKING:
     from outlay.planner.spec.measurement import Outcome
@@ -48,6 +49,13 @@ def with_limits(
     return dataclasses.replace(plan, job=job, cluster=cluster)
 
 
+def _energy_text(outcome: Outcome) -> str:
+    if outcome.energy_kwh is None:
+        return ""
+    carbon = "" if outcome.co2e_kg is None else f", {outcome.co2e_kg:.4g} kg CO2e"
+    return f", {outcome.energy_kwh:.4g} kWh{carbon} ({outcome.energy_source})"
+
+
 def _show_outcome(outcome: Outcome) -> None:
     """The end of a run, on stderr; what it wrote is in outcome.json."""
     from outlay.profiles.units import format_seconds, format_usd
@@ -62,7 +70,7 @@ def _show_outcome(outcome: Outcome) -> None:
         f"{outcome.state}: {outcome.reason}\n"
         f"  {outcome.steps:,} steps, {outcome.tokens:,} tokens"
         + "".join(f", {text}" for text in losses)
-        + f"\n  spent {format_seconds(outcome.wall_s)}, {cost}",
+        + f"\n  spent {format_seconds(outcome.wall_s)}, {cost}{_energy_text(outcome)}",
         err=True,
     )
     for name in ("checkpoint", "export"):
@@ -79,15 +87,19 @@ def _show_outcome(outcome: Outcome) -> None:
     "--data", help="Text, or a folder that `outlay data prepare` wrote; instead of the plan's."
 )
 @click.option(
-    "--budget", multiple=True, help="Instead of the plan's: 5usd, 30min, 10gpuh; repeatable."
+    "--budget",
+    multiple=True,
+    help="Instead of the plan's: 5usd, 30min, 10gpuh, 2kWh, 1kgCO2e; repeatable.",
 )
 @click.option("--price-usd-per-h", type=float, help="What all of this machine costs an hour.")
 @click.option(
     "--measure-memory", is_flag=True, help="Measure peak memory in a separate short run first."
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Check that the plan fits this machine; start nothing."
+    "--dry-run", is_flag=True, help="Check that the plan fits machine and budget; start nothing."
 )
+@limit_options
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before starting.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def run(
     plan_file: str,
@@ -97,21 +109,25 @@ def run(
     price_usd_per_h: float | None,
     measure_memory: bool,
     dry_run: bool,
+    yes: bool,
     quiet: bool,
+    **flags: Any,
 ) -> None:
     """Train as a plan says, within its budget.
 
     Exit code 0: all steps done; 4: the budget was reached, saved, stopped; 75: stopped by a signal,
     saved, start me again with `outlay resume`.
     """
-    from outlay.runner.budget import process_started_s
+    from outlay.runner.budget import OPTIMISTIC_STARTUP_S, process_started_s
 
     started_s = process_started_s()
     require_run_extra()
     from outlay.planner.planning import read_plan
     from outlay.planner.probe import probe
     from outlay.runner.fit import check_machine, check_rules
-    from outlay.runner.launch import run_plan
+    from outlay.runner.folder import Attempts
+    from outlay.runner.launch import open_meter, run_plan
+    from outlay.runner.limits import Limits
 
     plan = with_limits(read_plan(plan_file), budget, price_usd_per_h, data)
     if plan.job.data is None:
@@ -120,10 +136,19 @@ def run(
     if dry_run:
         check_rules(plan)
         check_machine(plan, here)
+    limits = limits_from(Limits(), flags)
+    meter = open_meter(plan, limits, started_s=started_s, earlier=Attempts())
+    if flags["when_over"] is None:
+        require_affordable(plan, meter, OPTIMISTIC_STARTUP_S)
+    else:
+        meter.require(OPTIMISTIC_STARTUP_S, source="assumed")
+    if dry_run:
         click.echo(
             f"{plan_file} fits this machine: {plan.strategy.label()}, {plan.job.steps} steps"
         )
+        click.echo(summary(plan, meter, limits), err=True)
         return
+    confirm(summary(plan, meter, limits), yes=yes or quiet)
     if measure_memory:
         from outlay.profiles.units import format_bytes
         from outlay.runner.memory_probe import run_memory_probe
@@ -135,7 +160,9 @@ def run(
             + ", ".join(f"{format_bytes(r.growth_bytes)} ({r.kind})" for r in readings),
             err=True,
         )
-    outcome = run_plan(plan, Path(run_dir), here=here, started_s=started_s, quiet=quiet)
+    outcome = run_plan(
+        plan, Path(run_dir), here=here, started_s=started_s, quiet=quiet, limits=limits
+    )
     _show_outcome(outcome)
     sys.exit(outcome.exit_code)
 
@@ -145,10 +172,15 @@ def run(
 @click.option(
     "--budget", multiple=True, help="Instead of the run's, for all its attempts together."
 )
-@click.option("--price-usd-per-h", type=float)
+@click.option("--price-usd-per-h", type=float, help="What all of this machine costs an hour now.")
+@limit_options
 @click.option("--quiet", is_flag=True, help="No progress.")
 def resume(
-    run_dir: str, budget: tuple[str, ...], price_usd_per_h: float | None, quiet: bool
+    run_dir: str,
+    budget: tuple[str, ...],
+    price_usd_per_h: float | None,
+    quiet: bool,
+    **flags: Any,
 ) -> None:
     """Continue a run from its newest checkpoint that verifies.
 
@@ -172,7 +204,13 @@ def resume(
             return
     here = probe(ranks=plan.strategy.world if plan.cluster.kind == "cpu" else None)
     outcome = run_plan(
-        plan, Path(run_dir), resume=True, here=here, started_s=started_s, quiet=quiet
+        plan,
+        Path(run_dir),
+        resume=True,
+        here=here,
+        started_s=started_s,
+        quiet=quiet,
+        limits=limits_from(folder.read_limits(), flags),
     )
     _show_outcome(outcome)
     sys.exit(outcome.exit_code)

@@ -50,9 +50,14 @@ EAGER_ONLY = ("bloom", "falcon")
 """Without, or with another, fast path on a CPU: torch falls back to the mathematical one."""
 
 
+def layers_key(family: str) -> str:
+    """The config's name for the number of blocks."""
+    return _LAYERS_KEY.get(family, "num_hidden_layers")
+
+
 def _config(family: str, layers: int) -> Any:
     values = CONFIGS[family] | {
-        _LAYERS_KEY.get(family, "num_hidden_layers"): layers,
+        layers_key(family): layers,
         "use_cache": False,
     }
     return transformers.AutoConfig.for_model(family, **values)
@@ -121,3 +126,16 @@ def test_checkpointed_block_saves_its_input(family: str) -> None:
     assert block_saved(spec, spec.blocks[0], ex).block_input == pytest.approx(
         measured, rel=TOLERANCE
     )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_with_dropout_saves_its_scores_on_a_cpu(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's fused attention for CPUs knows no dropout, so sdpa saves what eager attention saves."""
+    monkeypatch.setitem(CONFIGS, "gpt2", CONFIGS["gpt2"] | {"attn_pdrop": 0.1})
+    three = _saved_bytes("gpt2", 3, attention, torch.float32, checkpointing=False)
+    measured = (three - _saved_bytes("gpt2", 2, attention, torch.float32, checkpointing=False)) / (
+        BATCH * LENGTH
+    )
+    assert _predicted("gpt2", attention, 4) == pytest.approx(measured, rel=TOLERANCE)

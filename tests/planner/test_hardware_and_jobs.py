@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from outlay.planner.cost import Range
+from outlay.planner.estimate.candidates import Candidates
+from outlay.planner.estimate.estimator import estimate_dict, evaluate
 from outlay.planner.hardware import resolve_hardware
 from outlay.planner.jobs import JobFile, default_precision, merge, read_job_file, resolve_job
+from outlay.planner.project_cost import Terms, project_cost
+from outlay.planner.size.money import assumptions_of, included_in
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.families import resolve_model
 from outlay.planner.spec.files import to_yaml
+from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
+from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import OutlayError, UnknownName, UsageError
 
 
@@ -132,3 +139,68 @@ def test_a_model_without_a_limit_of_positions_has_a_default_length(cpu_cluster: 
     spec, _ = resolve_model("bloom-560m")
     assert spec.max_positions == 0
     assert resolve_job(JobFile(model="m"), spec, cpu_cluster).job.seq_len == 2048
+
+
+def test_a_job_of_data_epochs_and_a_method(
+    tmp_path: Path, tiny_spec: ModelSpec, cpu_cluster: Cluster
+) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"text": "some words"}\n' * 40)
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        f"model: m\ndata: {data}\nepochs: 2\npacking: false\nseq_len: 32\nglobal_batch: 8\n"
+        "finetune: qlora:r4\nattempts: 3\npilot: 2%\nprecision: fp32\n"
+    )
+    resolved = resolve_job(read_job_file(path), tiny_spec, cpu_cluster)
+    job = resolved.job
+    assert (job.steps, job.packing, job.attempts, job.pilot_fraction) == (10, False, 3, 0.02)
+    assert job.finetune is not None
+    assert (job.finetune.rank, job.finetune.quant) == (4, "nf4-dq")
+    what = [note["what"] for note in resolved.assumptions]
+    # a length that was asked for is not called a default: a budget may not shorten it
+    assert what == ["data", "packing", "length", "finetune", "project"]
+    assert merge(read_job_file(path), {"tokens": "1M"}).epochs is None
+    with pytest.raises(UsageError, match="not two of them"):
+        merge(JobFile(), {"epochs": 2.0, "steps": 3})
+
+
+def test_frozen_weights_have_no_gradients_to_compute_send_or_keep() -> None:
+    spec, _ = resolve_model("llama-3-8b")
+    cluster = resolve_hardware("rtx-4090:1", price_usd_per_h=0.35)
+    base = JobFile(model="m", seq_len=2048, global_batch=16, steps=100)
+    jobs = [
+        resolve_job(dataclasses.replace(base, finetune=f), spec, cluster).job
+        for f in (None, "lora:r16", "qlora:r16")
+    ]
+    one = Candidates.of([Strategy(grad_accum=16)])
+    full, lora, qlora = (evaluate(spec, job, cluster, one, own=False) for job in jobs)
+    assert full.step is not None and lora.step is not None and qlora.step is not None
+    # two of three products are left; 4-bit weights are unpacked besides
+    assert 0.6 < lora.step.time_s[0] / full.step.time_s[0] < 0.8
+    assert lora.step.time_s[0] < qlora.step.time_s[0] < full.step.time_s[0]
+    assert lora.step.parts["optimizer"][0] < 0.01 * full.step.parts["optimizer"][0]
+    # 6.98B weights of linear layers at 0.5159 bytes, 1.05B of embedding and head at two
+    frozen = qlora.memory.parts["parameters"][0]
+    assert frozen == pytest.approx(6.98e9 * 0.5159 + 1.05e9 * 2, rel=0.01)
+    told = estimate_dict(spec, jobs[2], cluster, qlora, 0)
+    assert told["model"]["trainable_parameters"] == 32 * 16 * (2 * 4096 + 4096 + 1024)
+
+
+def test_attempts_and_a_pilot_are_in_the_total() -> None:
+    job = Job(model="m", seq_len=1, global_batch=1, steps=1, precision="fp32")
+    many = dataclasses.replace(job, attempts=3, pilot_fraction=0.5)
+    training = Range(low=3600.0, expected=3600.0, high=3600.0)
+    terms = Terms(kind="owned", price_usd_per_h=None)
+    one, project = (
+        project_cost(
+            terms, training, accelerators=1, nodes=1, tdp_w=None, assumptions=assumptions_of(j)
+        ).wall_s.expected / 3600
+        for j in (job, many)
+    )  # fmt: skip
+    setup = 0.75
+    assert project - 4 * setup == pytest.approx(3.5 * (one - setup))
+    assert included_in(many)[0] == "3 attempts and a pilot of 50.0% of one"
+    with pytest.raises(UsageError, match="attempts"):
+        dataclasses.replace(job, attempts=0)
+    with pytest.raises(UsageError, match="pilot"):
+        dataclasses.replace(job, pilot_fraction=1.5)

@@ -18,7 +18,7 @@ from outlay.planner.search import alternatives, candidates_for, divisors, search
 from outlay.planner.space import TARGETS
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.families import resolve_model
-from outlay.planner.spec.job import Job
+from outlay.planner.spec.job import Data, Finetune, Job
 from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import NotFeasible, UsageError
@@ -86,6 +86,16 @@ def test_what_the_runner_cannot_do_is_not_recommended(context: Context) -> None:
     opt = dataclasses.replace(context, spec=resolve_model("opt-125m")[0])
     assert [r.name for r, _ in broken(staged, opt)] == ["runner_pipelines_its_families"]
     assert broken(FINE, opt) == []
+    lora = dataclasses.replace(context.job, finetune=Finetune(rank=4))
+    rows = dataclasses.replace(context.job, data=Data(path="train.jsonl", format="text"))
+    padded = dataclasses.replace(context.job, packing=False)
+    for job, rule in (
+        (lora, "runner_trains_all_weights"), (rows, "runner_trains_packed_text"),
+        (padded, "runner_trains_packed_text"),
+    ):  # fmt: skip
+        x = dataclasses.replace(context, job=job)
+        assert [r.name for r, _ in broken(FINE, x)] == [rule]
+        assert broken(FINE, x, kinds=("arithmetic", "deepspeed")) == []
 
 
 def test_every_rule_is_tested_and_has_evidence() -> None:
@@ -94,6 +104,7 @@ def test_every_rule_is_tested_and_has_evidence() -> None:
     of_job_and_hardware = {
         "precision_runs_on_cpu", "deepspeed_runs_there", "sequence_fits_positions",
         "flash_needs_gpu", "runner_trains_causal_models", "runner_pipelines_its_families",
+        "runner_trains_all_weights", "runner_trains_packed_text",
     }  # fmt: skip
     tested = {*BROKEN, *of_job_and_hardware}
     assert set(names) == tested

@@ -99,7 +99,7 @@ def test_a_bad_row_is_one_message_with_its_place(tmp_path: Path, row: str, says:
 def test_a_missing_column_or_file_is_one_message(tmp_path: Path) -> None:
     path = tmp_path / "own.csv"
     path.write_text("provider,name\nown,box\n", encoding="utf-8")
-    with pytest.raises(FileError, match="no column interconnect"):
+    with pytest.raises(FileError, match="no column accelerator"):
         read_instances(path)
     with pytest.raises(FileError, match="cannot be read"):
         read_instances(tmp_path / "absent.csv")

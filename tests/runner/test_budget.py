@@ -14,6 +14,7 @@ from outlay.profiles.errors import NotFeasible, UsageError
 from outlay.runner.budget import (
     SHUTDOWN_S,
     Meter,
+    Spent,
     UpperBound,
     measure_write_rate,
     process_started_s,
@@ -74,8 +75,59 @@ def test_money_without_a_price_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["energy", "carbon"])
 def test_what_is_not_metered_is_refused(kind) -> None:
-    with pytest.raises(UsageError, match="not metered yet"):
+    with pytest.raises(UsageError, match="needs a meter of energy"):
         meter(Budget(kind=kind, amount=1.0))
+
+
+class SteadyPower:
+    source = "test"
+
+    def __init__(self, clock: Clock, kw: float) -> None:
+        self.clock, self.kw = clock, kw
+
+    def kwh(self) -> float:
+        return self.kw * (self.clock() - 1000.0) / 3600
+
+    def upper_kw(self) -> float:
+        return 2 * self.kw
+
+
+def test_energy_and_carbon_are_metered_and_what_is_left_counts_at_the_upper_power() -> None:
+    clock = Clock()
+    power = SteadyPower(clock, 10.0)
+    both = (Budget(kind="energy", amount=30.0), Budget(kind="carbon", amount=8.0))
+    m = meter(*both, clock=clock, energy=power, kgco2e_per_kwh=0.4)
+    clock.now_s += 3600
+    assert m.spent().energy_kwh == pytest.approx(10)
+    assert m.spent().co2e_kg == pytest.approx(4)
+    assert m.spent().fraction == pytest.approx(0.5)
+    assert m.binding == both[1]
+    # 4 kg are 10 kWh, at most 20 kW
+    assert m.remaining_s() == pytest.approx(1800)
+    assert m.limit_text() == "8 kg CO2e"
+    with pytest.raises(UsageError, match="--kgco2e-per-kwh"):
+        meter(both[1], energy=power)
+
+
+def test_what_earlier_attempts_were_billed_stays_at_their_price() -> None:
+    clock = Clock()
+    earlier = Spent(wall_s=3600.0, cost_usd=10.0, gpu_hours=4.0, fraction=None)
+    m = meter(Budget(kind="money", amount=13.6), clock=clock, earlier=earlier)
+    assert m.remaining_s() == pytest.approx(3600)
+    clock.now_s += 1800
+    assert m.spent().cost_usd == pytest.approx(11.8)
+    assert m.spent().gpu_hours == pytest.approx(8.0)
+    assert m.in_words(7200) == "13.60 USD"
+
+
+def test_the_shortest_time_that_is_billed_counts_from_the_start() -> None:
+    clock = Clock()
+    m = meter(Budget(kind="money", amount=7.2), clock=clock, minimum_s=3600.0)
+    assert m.spent().cost_usd == pytest.approx(3.6)
+    assert m.remaining_s() == pytest.approx(7200)
+    too_small = meter(Budget(kind="money", amount=3.0), minimum_s=3600.0)
+    with pytest.raises(NotFeasible):
+        too_small.require(1.0, source="test")
 
 
 def test_a_budget_below_the_start_is_refused_with_the_numbers() -> None:
@@ -93,9 +145,9 @@ def test_an_upper_bound_covers_what_was_seen_and_forgets_old_steps() -> None:
     for seconds in (9.0, 1.0, 2.0, 1.0):
         bound.add(seconds)
     assert bound.measured
-    assert bound.upper_s() == pytest.approx(3.0)
+    assert bound.upper_s() == pytest.approx(2 * (1 + 0.5 * 3**-0.25))
     bound.forget_first(1)
-    assert bound.upper_s() == pytest.approx(3.0)
+    assert bound.upper_s() == pytest.approx(2 * (1 + 0.5 * 2**-0.25))
     bound.forget_first(9)
     assert bound.upper_s() == 7.0
 

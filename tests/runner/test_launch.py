@@ -301,7 +301,7 @@ def test_a_budget_that_cannot_even_start_is_refused(data: Path, tmp_path: Path) 
     ("budget", "message"),
     [
         (Budget(kind="money", amount=1.0), "--price-usd-per-h"),
-        (Budget(kind="energy", amount=1.0), "not metered yet"),
+        (Budget(kind="energy", amount=1.0), "needs a meter of energy"),
     ],
 )
 def test_a_budget_that_cannot_be_kept_is_refused(data, tmp_path, budget, message) -> None:

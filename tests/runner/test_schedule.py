@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from outlay.planner.spec.job import Schedule
 from outlay.profiles.errors import UsageError
-from outlay.runner.schedule import check_schedule, learning_rate
+from outlay.runner.schedule import Decay, check_schedule, learning_rate
 
 
 def rates(schedule: Schedule, steps: int) -> list[float]:
@@ -50,3 +50,39 @@ def test_rises_then_never_rises_again(name, steps, warmup, final) -> None:
 def test_nonsense_is_refused(bad) -> None:
     with pytest.raises(UsageError):
         check_schedule(Schedule(**bad), 10)
+
+
+@given(
+    name=st.sampled_from(["linear", "cosine"]),
+    steps=st.integers(20, 300),
+    warmup=st.integers(0, 60),
+    ends=st.lists(st.integers(2, 300), min_size=300, max_size=300),
+)
+def test_however_the_end_moves_the_rate_falls_and_reaches_it(name, steps, warmup, ends) -> None:
+    """The last end that is told is the one that is reached, with no rise after the warm-up."""
+    schedule = Schedule(name=name, warmup_steps=min(warmup, steps), final_fraction=0.05)
+    decay = Decay(schedule, 1.0, steps)
+    seen: list[float] = []
+    step, end = 0, steps
+    while step < end:
+        if step % 7 == 3:
+            end = max(step + 1, min(steps, ends[step]))
+            decay.retarget(step, end)
+        seen.append(decay.rate(step))
+        step += 1
+    top = seen.index(max(seen))
+    assert all(a >= b - 1e-12 for a, b in pairwise(seen[top:]))
+    if decay.anchor_step < end:
+        assert seen[-1] == pytest.approx(0.05 * decay.reached)
+
+
+def test_a_schedule_that_never_changes_is_the_plain_one_and_survives_a_checkpoint() -> None:
+    schedule = Schedule(warmup_steps=7)
+    decay = Decay(schedule, 3e-4, 100)
+    assert [decay.rate(i) for i in range(100)] == [
+        learning_rate(schedule, 3e-4, i, 100) for i in range(100)
+    ]
+    decay.retarget(40, 60)
+    again = Decay(schedule, 3e-4, 100)
+    again.restore(decay.state(), 50, 60)
+    assert [again.rate(i) for i in range(50, 60)] == [decay.rate(i) for i in range(50, 60)]

@@ -13,7 +13,7 @@ import ranks
 import torch
 
 from outlay.planner.spec.files import parse, read_mapping
-from outlay.planner.spec.job import Budget, Data
+from outlay.planner.spec.job import Budget, Data, Schedule
 from outlay.planner.spec.measurement import Measurement, Outcome
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import OutlayError, UsageError
@@ -24,6 +24,7 @@ from outlay.runner.data.dataset import TokenDataset
 from outlay.runner.data.prepare import prepare
 from outlay.runner.events import EventLog, read_events
 from outlay.runner.folder import RunFolder
+from outlay.runner.limits import Limits
 from outlay.runner.train import Trainer
 
 VOCAB = 300
@@ -112,6 +113,7 @@ def trainer(
     *,
     budget: tuple[Budget, ...] = (),
     startup_s: float = 0.0,
+    limits: Limits | None = None,
     **job: Any,
 ) -> Trainer:
     plan: Plan = ranks.tiny_plan(
@@ -135,6 +137,7 @@ def trainer(
         meter=meter,
         log=log,
         stop=SimpleNamespace(requested=False),  # type: ignore[arg-type]
+        limits=limits,
     )
 
 
@@ -239,6 +242,63 @@ def test_the_budget_is_kept_and_used(data, tmp_path, clock, seed) -> None:
     assert happened(tmp_path, "save")[-1] == ("save", outcome.steps)
     assert outcome.heldout_loss is not None
     assert outcome.export is not None
+
+
+def test_the_rate_reaches_its_end_within_the_money(data, tmp_path, clock) -> None:
+    """Of 1,000 steps the budget holds about 180; the resumed run goes on where it stood."""
+    schedule = Schedule(warmup_steps=10, final_fraction=0.0)
+    budget = (Budget(kind="hours", amount=220 / 3600),)
+    engine = Clockwork(clock)
+    made = trainer(data, tmp_path, engine, budget=budget, steps=1000, schedule=schedule)
+    assert made.run() == 4
+    assert 150 < outcome_of(tmp_path).steps < 200
+    assert max(engine.rates) == pytest.approx(made.job.optimizer.lr, rel=0.05)
+    assert engine.rates[-1] < 0.01 * made.job.optimizer.lr
+    messages = [
+        e.data["message"] for e in read_events(tmp_path / "events.jsonl") if e.kind == "warning"
+    ]
+    assert sum("the learning rate now ends within it" in m for m in messages) == 1
+    assert [m[:3] for m in messages if "of the budget is used" in m] == ["50%", "80%", "95%"]
+
+
+def test_cut_keeps_the_planned_rate(data, tmp_path, clock) -> None:
+    engine = Clockwork(clock)
+    made = trainer(
+        data,
+        tmp_path,
+        engine,
+        budget=(Budget(kind="hours", amount=220 / 3600),),
+        steps=1000,
+        limits=Limits(when_over="cut"),
+    )
+    assert made.run() == 4
+    assert engine.rates[-1] > 0.9 * made.job.optimizer.lr
+
+
+def test_stop_ends_at_the_forecast_and_keeps_the_money(data, tmp_path, clock) -> None:
+    made = trainer(
+        data,
+        tmp_path,
+        Clockwork(clock),
+        budget=(Budget(kind="hours", amount=400 / 3600),),
+        steps=1000,
+        limits=Limits(when_over="stop"),
+    )
+    assert made.run() == 4
+    outcome = outcome_of(tmp_path)
+    assert outcome.steps < 80
+    assert outcome.checkpoint is not None
+    assert "stopped for its forecast" in outcome.reason
+    assert "--when-over anneal" in outcome.reason
+
+
+def test_a_wall_time_stops_and_saves_in_time(data, tmp_path, clock) -> None:
+    made = trainer(
+        data, tmp_path, Clockwork(clock), steps=1000, startup_s=20.0, limits=Limits(walltime_s=120)
+    )
+    assert made.run() == 75
+    assert 110 < clock.now_s - 100 <= 120
+    assert happened(tmp_path, "save", "eval") == [("save", 3), ("save", outcome_of(tmp_path).steps)]
 
 
 def test_the_first_save_comes_early_under_a_budget(data, tmp_path, clock) -> None:

@@ -1,28 +1,18 @@
-"""Fit the step-time figures of profiles/efficiency to measurements, and write them.
-
-    python -m benchmarks.calibrate FILE.csv…                           (GPUs)
-    python -m benchmarks.calibrate cpu-grid.csv --cluster cpu-grid.cluster.yaml   (this CPU)
-
-Deterministic: the same files give the same figures. Prints how well each is determined by the data
-(0 = the prior alone, 1 = the data alone) and the errors by source, fitted and with the source left out.
-"""
+"""What a calibration came to: figures with their intervals, widths of the intervals of step time, a report."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import click
 import numpy as np
 import yaml
 
-from outlay.planner.calibrate import Calibration, apply, calibrate, priors
+from outlay.planner.calibrate import Calibration, apply, priors
+from outlay.planner.estimate.candidates import Array
 from outlay.planner.estimate.efficiency import architecture_of
-from outlay.planner.hardware import read_cluster
-from outlay.planner.spec.files import write_text
-from outlay.profiles.loader import read_yaml
 
 _Z90 = 1.645
 ONE_MACHINE = 2.5
@@ -31,7 +21,6 @@ other work: the interval is that many times as wide."""
 SOURCES_A_REGIME = 3
 """From so many sources on, an architecture has an interval of its own."""
 ROWS_A_REGIME = 20
-FOLDER = Path(str(files("outlay.profiles"))) / "efficiency"
 
 
 def _entry(value: float, low: float, high: float, kind: str, source: str) -> dict[str, Any]:
@@ -85,9 +74,7 @@ def fitted_figures(c: Calibration, what: str) -> dict[str, dict[str, dict[str, A
     return found
 
 
-def conformal_width(
-    residual: np.ndarray[Any, Any], sources: np.ndarray[Any, Any], coverage: float = 0.90
-) -> float:
+def conformal_width(residual: Array, sources: Array, coverage: float = 0.90) -> float:
     """Half width w such that [x/(1+w), x·(1+w)] covered that share of the rows left out.
 
     A source of n rows weighs √n: its rows err together.
@@ -100,7 +87,7 @@ def conformal_width(
     return float(np.expm1(np.abs(residual)[order][rank]))
 
 
-def regimes(c: Calibration, without: str = "") -> dict[str, np.ndarray[Any, Any]]:
+def regimes(c: Calibration, without: str = "") -> dict[str, Array]:
     """Architectures that at least SOURCES_A_REGIME sources measured → their rows; `gpu` → all the
     other rows (all there are where these are few)."""
     name = np.array([architecture_of(r.case.cluster.accelerator) for r in c.rows])
@@ -139,23 +126,6 @@ def coverage(c: Calibration) -> tuple[float, float, float]:
     return float(covered.mean()), float(by_source), float(np.median(width))
 
 
-def write_figures(name: str, figures: dict[str, dict[str, Any]]) -> None:
-    """Merge into profiles/efficiency/NAME.yaml; its comment lines at the head stay."""
-    path = FOLDER / f"{name}.yaml"
-    head = f"# Figures fitted for {name} by benchmarks/calibrate.py.\n"
-    merged: dict[str, Any] = {}
-    if path.exists():
-        text = path.read_text()
-        head = "".join(line for line in text.splitlines(True) if line.startswith("#"))
-        merged = dict(read_yaml(f"efficiency/{name}.yaml")["figures"])
-    merged |= figures
-    lines = [head.rstrip("\n"), "schema: outlay/efficiency@1", "figures:"]
-    for key, entry in merged.items():
-        body = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000).strip()
-        lines.append(f"  {key}:\n    {body}")
-    write_text(path, "\n".join(lines) + "\n")
-
-
 def report(c: Calibration) -> str:
     """Errors by source, and what the parameters came to."""
     sources = np.array([r.source for r in c.rows])
@@ -174,49 +144,61 @@ def report(c: Calibration) -> str:
     return "\n".join(lines)
 
 
-@click.command()
-@click.argument("cases", nargs=-1, required=True, type=Path)
-@click.option("--cluster", type=Path, help="Cluster file of the machine that CPU rows ran on.")
-@click.option("--dry-run", is_flag=True, help="Print; write nothing.")
-def main(cases: tuple[Path, ...], cluster: Path | None, dry_run: bool) -> None:
-    """Fit and write."""
-    machine = None if cluster is None else read_cluster(cluster)
-    c = calibrate(cases, cluster=machine)
-    names = ", ".join(path.name for path in cases)
-    what = f"fitted to {len(c.rows)} step times of {names}"
-    click.echo(report(c))
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Figures by efficiency file, ready to be written, and the lines that a person reads."""
+
+    figures: dict[str, dict[str, dict[str, Any]]]
+    text: str
+
+
+def outcome(c: Calibration, what: str) -> Outcome:
+    """`what`: the source of the figures, in words."""
     figures = fitted_figures(c, what)
-    cpu = c.rows[0].case.cluster.kind == "cpu"
-    sources = np.array([r.source for r in c.rows])
-    widths = {"cpu": conformal_width(c.residual, sources)} if cpu else interval_widths(c)
-    click.echo(f"half width of the 90 % interval: { {k: round(v, 3) for k, v in widths.items()} }")
-    if not cpu:
-        rows, means, half = coverage(c)
-        click.echo(
-            f"covered, source left out: {rows:.1%} of rows, {means:.1%} mean over sources; median half width {half:.1%}"
-        )
-    for where, entries in figures.items():
-        for key, entry in entries.items():
-            click.echo(
-                f"{where:<22} {key:<40} {entry['value']:<10} "
-                f"({entry['low']} to {entry['high']}) {entry['kind']}"
-            )
-    if dry_run:
-        return
-    key = "interval.step_fraction_" + ("measured_rates" if cpu else "datasheet")
-    text = (
-        "90th percentile of the fit's own residuals" if cpu else "split conformal, source left out"
-    )
-    if cpu:
-        widths = {"cpu": ONE_MACHINE * widths["cpu"]}
-        text = (
+    lines = [report(c)]
+    if c.rows[0].case.cluster.kind == "cpu":
+        found = conformal_width(c.residual, np.array([r.source for r in c.rows]))
+        widths, key = {"cpu": ONE_MACHINE * found}, "interval.step_fraction_measured_rates"
+        how = (
             f"{ONE_MACHINE} times the 90th percentile of the fit's own residuals: one machine only"
         )
-    for where, width in widths.items():
-        figures[where][key] = _entry(width, width / 2, width * 2, "fitted", f"{text}; {what}")
+    else:
+        widths, key = interval_widths(c), "interval.step_fraction_datasheet"
+        how = "split conformal, source left out"
+        covered, means, half = coverage(c)
+        lines.append(
+            f"covered, source left out: {covered:.1%} of rows, {means:.1%} mean over sources; "
+            f"median half width {half:.1%}"
+        )
+    lines.append("")
+    lines.append("figure: value (90 % interval), how well the data determine it")
     for where, entries in figures.items():
-        write_figures(where, entries)
+        lines += [
+            f"{where:<22} {name:<40} {e['value']:<10} ({e['low']} to {e['high']}) {e['kind']}, "
+            + _determined(e["source"])
+            for name, e in entries.items()
+        ]
+    for where, width in widths.items():
+        figures.setdefault(where, {})[key] = _entry(
+            width, width / 2, width * 2, "fitted", f"{how}; {what}"
+        )
+        lines.append(f"{where:<22} {key:<40} {width:.3g} ({how})")
+    return Outcome(figures=figures, text="\n".join(lines))
 
 
-if __name__ == "__main__":
-    main()
+def _determined(source: str) -> str:
+    """The part of a fitted figure's source that says so; the others moved with their relatives."""
+    found = [part.strip() for part in source.split(";") if part.strip().startswith("determined")]
+    return found[0] if found else "by relatives alone"
+
+
+def figures_text(name: str, figures: Mapping[str, Mapping[str, Any]], before: str) -> str:
+    """The YAML of one efficiency file: `figures` over those of the text `before`; its comment lines stay."""
+    head = "".join(line for line in before.splitlines(True) if line.startswith("#"))
+    head = head or f"# Figures fitted for {name} by `outlay calibrate`.\n"
+    merged = dict((yaml.safe_load(before) or {}).get("figures", {})) | dict(figures)
+    lines = [head.rstrip("\n"), "schema: outlay/efficiency@1", "figures:"]
+    for key, entry in merged.items():
+        body = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=10_000)
+        lines.append(f"  {key}:\n    {body.strip()}")
+    return "\n".join(lines) + "\n"

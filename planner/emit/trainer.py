@@ -1,0 +1,157 @@
+"""Plan → a folder that Hugging Face's Trainer runs: arguments, a JSON that agrees, a script, a command.
+
+The Trainer compares the JSON with its arguments and refuses a difference (transformers,
+integrations/deepspeed.py, `trainer_config_process`). So each value that it compares is `auto` in the
+JSON and explicit in the arguments, and what it does not own (buckets, offload) stays explicit.
+"""
+
+from __future__ import annotations
+
+import shlex
+from copy import deepcopy
+from importlib import resources
+from typing import Any
+
+from outlay.planner.emit.deepspeed import deepspeed_config
+from outlay.planner.spec.files import to_json
+from outlay.planner.spec.job import Job
+from outlay.planner.spec.model import ModelSpec
+from outlay.planner.spec.plan import Plan
+from outlay.profiles.errors import UsageError
+
+_OWNED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+_OWNED_OF_OPTIMIZER = ("lr", "betas", "eps", "weight_decay")
+
+
+def _require_trainer_runs(plan: Plan, where: str) -> None:
+    """Raise UsageError for what a plain Trainer would silently do otherwise."""
+    strategy, job = plan.strategy, plan.job
+    problems = {
+        "tensor, pipeline, context or sequence parallelism": strategy.world != strategy.dp,
+        "expert parallelism": strategy.ep > 1,
+        f"a {strategy.loss} loss": strategy.loss != "plain",
+        "selective recomputation": strategy.activation_checkpointing == "selective",
+        "recomputation of some layers only": strategy.recompute_layers is not None,
+        "adapters": job.finetune is not None,
+        "an optimizer without betas": job.optimizer.name == "sgd",
+    }
+    for what, present in problems.items():
+        if present:
+            raise UsageError(
+                f"the plan has {what}, which the emitted Trainer set-up does not do",
+                where=where,
+                why=f"strategy {strategy.label()}, optimizer {job.optimizer.name}",
+                do="emit deepspeed for the JSON alone, or plan without it",
+            )
+
+
+def _schedule(job: Job) -> dict[str, Any]:
+    """The Trainer's scheduler that ends where the job's does."""
+    schedule = job.schedule
+    arguments: dict[str, Any] = {"warmup_steps": schedule.warmup_steps}
+    if schedule.name == "constant" or schedule.final_fraction == 1:
+        return arguments | {"lr_scheduler_type": "constant_with_warmup"}
+    if schedule.name == "cosine":
+        kwargs = {"min_lr_rate": schedule.final_fraction}
+        return arguments | {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": kwargs,
+        }
+    end = {"lr_end": schedule.final_fraction * job.optimizer.lr, "power": 1.0}
+    return arguments | {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": end}
+
+
+def training_arguments(plan: Plan) -> dict[str, Any]:
+    """The keywords of transformers.TrainingArguments (5.x)."""
+    job, strategy, optimizer = plan.job, plan.strategy, plan.job.optimizer
+    arguments: dict[str, Any] = {
+        "output_dir": "out",
+        "deepspeed": "ds_config.json",
+        "max_steps": job.steps,
+        "per_device_train_batch_size": strategy.micro_batch,
+        "gradient_accumulation_steps": strategy.grad_accum,
+        "learning_rate": optimizer.lr,
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "adam_epsilon": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": job.gradient_clipping,
+        **_schedule(job),
+        "bf16": job.precision == "bf16",
+        "fp16": job.precision == "fp16",
+        "gradient_checkpointing": strategy.activation_checkpointing == "full",
+        "seed": job.seed,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no" if job.save_every is None else "steps",
+    }
+    if job.save_every is not None:
+        arguments["save_steps"] = job.save_every
+    if arguments["gradient_checkpointing"]:
+        arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if job.precision == "tf32":
+        arguments["tf32"] = True
+    if plan.cluster.kind == "cpu":
+        arguments["use_cpu"] = True
+    return arguments
+
+
+def trainer_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
+    """The JSON with `auto` exactly where the Trainer compares it with an argument.
+
+    Under ZeRO-3 the weights are gathered for saving: without that, `save_model` leaves none.
+    """
+    mine = deepcopy(config)
+    for key in _OWNED:
+        mine[key] = "auto"
+    for key in _OWNED_OF_OPTIMIZER:
+        mine["optimizer"]["params"][key] = "auto"
+    for key in ("bf16", "fp16"):
+        if key in mine:
+            mine[key]["enabled"] = "auto"
+    if mine["zero_optimization"]["stage"] == 3:
+        mine["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    return mine
+
+
+def launch_command(plan: Plan) -> str:
+    """A shell script that starts train.py on every rank of one node."""
+    nodes, ranks = plan.cluster.nodes, plan.cluster.ranks_per_node
+    words = ["torchrun", f"--nproc_per_node={ranks}"]
+    if nodes == 1:
+        words += ["--standalone"]
+    else:
+        words += [f"--nnodes={nodes}"]
+    lines = ["#!/bin/sh", "# sh launch.sh TEXT_FILE...: from within this folder", "set -e"]
+    if plan.cluster.kind == "cpu":
+        lines += ["export DS_ACCELERATOR=cpu"]
+    command = shlex.join(words)
+    if nodes > 1:
+        lines += [": ${NODE_RANK:?0 on the first node} ${MASTER_ADDR:?host name of the first node}"]
+        command += ' --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR"'
+    return "\n".join([*lines, f'exec {command} train.py "$@"', ""])
+
+
+def trainer_files(plan: Plan, spec: ModelSpec, where: str, nvme_path: str | None) -> dict[str, str]:
+    """File name → text. Raises UsageError where a plain Trainer could not do what the plan says."""
+    _require_trainer_runs(plan, where)
+    config = deepspeed_config(plan.job, plan.strategy, spec, plan.cluster, nvme_path=nvme_path)
+    model = {
+        "config": plan.model.config,
+        "weights": plan.model.weights,
+        "seq_len": plan.job.seq_len,
+        "attention": plan.job.attention,
+    }
+    script = resources.files("outlay.planner.emit") / "trainer_script.txt"
+    return {
+        "ds_config.json": to_json(trainer_deepspeed(config)),
+        "training_args.json": to_json(training_arguments(plan)),
+        "model.json": to_json(model),
+        "train.py": script.read_text(encoding="utf-8"),
+        "launch.sh": launch_command(plan),
+    }

@@ -1,0 +1,104 @@
+"""An attempt of `run` in the ledger: entered before the ranks start, noted while they work, closed."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+from outlay.planner.spec.job import Budget
+from outlay.planner.spec.plan import Plan
+from outlay.profiles.errors import OutlayError, UsageError
+from outlay.runner.budget import Spent, amount_of
+from outlay.runner.ledger import Entry, Ledger, OpenRun, Want
+from outlay.runner.limits import Limits
+
+NEXT_S = 10.0
+"""Between two entries, at most: charged to an attempt whose supervisor is killed."""
+
+
+class Booking:
+    """The open attempt; without a ledger (`off`, or not usable) all calls do nothing.
+
+    `warning`: why there is none, where one was wanted.
+    """
+
+    def __init__(self, run: OpenRun | None, ledger: Ledger | None, warning: str = "") -> None:
+        self._run, self._ledger, self.warning = run, ledger, warning
+
+    def drawn(self, earlier: Spent) -> tuple[Budget, ...]:
+        """What the project's budgets allow this run, over all its attempts."""
+        reserved = {} if self._run is None else self._run.reserved
+        budgets = (Budget(kind=kind, amount=amount) for kind, amount in reserved.items())
+        return tuple(replace(b, amount=b.amount + amount_of(b, earlier)) for b in budgets)
+
+    def beat(self, spent: Spent, steps: int) -> bool:
+        """False = the reservation is gone: stop."""
+        return self._run is None or self._run.heartbeat(spent, steps=steps, next_s=NEXT_S)
+
+    def close(self, spent: Spent, *, state: str, reason: str, steps: int) -> None:
+        """Once; later calls do nothing."""
+        if self._run is not None and self._ledger is not None:
+            self._run.close_run(spent, state=state, reason=reason, steps=steps)
+            self._ledger.close()
+        self._run = self._ledger = None
+
+
+def book(plan: Plan, limits: Limits, folder: Path, earlier: Spent) -> Booking:
+    """Enter an attempt and draw on its project. Only a run with a project fails with its ledger."""
+    ledger: Ledger | None = None
+    try:
+        ledger = Ledger.opened(limits.ledger)
+        if ledger is None:
+            if limits.project is not None:
+                raise UsageError("a project needs the ledger, which is off", where="--project")
+            return Booking(None, None)
+        wants = _wants(ledger, limits.project, plan.job.budget, earlier)
+        return Booking(ledger.open_run(_entry(plan, limits, folder), wants=wants), ledger)
+    except OutlayError as error:
+        if ledger is not None:
+            ledger.close()
+        if limits.project is not None:
+            raise
+        return Booking(None, None, f"this run is not in the ledger: {error.what}; {error.why}")
+
+
+def _wants(
+    ledger: Ledger, project: str | None, own: tuple[Budget, ...], earlier: Spent
+) -> list[Want]:
+    """Of each of the project's budgets: the run's own, or all that is left."""
+    if project is None:
+        return []
+    totals = ledger.totals(project)
+    if not totals:
+        raise UsageError(
+            f"project {project!r} has no budget",
+            where="--project",
+            do=f"outlay ledger budget {project} AMOUNT",
+        )
+    left = {b.kind: b.amount - amount_of(b, earlier) for b in own}
+    return [Want(kind=t.budget.kind, amount=left.get(t.budget.kind)) for t in totals]
+
+
+def _entry(plan: Plan, limits: Limits, folder: Path) -> Entry:
+    step, price = plan.estimate.get("step") or {}, plan.cluster.price_usd_per_h
+    predicted_s = None
+    if step.get("time_s") is not None:
+        steps = plan.job.steps
+        low, mid, high = (float(step[key]) * steps for key in ("low_s", "time_s", "high_s"))
+        predicted_s = (low, mid, high)
+    return Entry(
+        run=str(folder.absolute()),
+        user=limits.user,
+        project=limits.project,
+        tags=limits.tags,
+        machine=platform.node(),
+        accelerator=plan.cluster.accelerator.name,
+        accelerators=plan.cluster.ranks,
+        price_usd_per_h=price,
+        price_source=plan.cluster.price_source,
+        predicted_s=predicted_s,
+        predicted_usd=None
+        if price is None or predicted_s is None
+        else price * predicted_s[1] / 3600,
+    )

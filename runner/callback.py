@@ -1,0 +1,386 @@
+"""Keeps other people's training within a budget: Hugging Face's Trainer, Lightning's, and any loop.
+
+    guard = Guard(budget="2usd", price_usd_per_h=1.2, save=save)      trainer = Trainer(...,
+    for batch in batches:                                                 callbacks=[hf_callback(budget="2usd", …)])
+        ...
+        if guard.step():
+            break
+    guard.close()
+
+All three meter from the start of the process, forecast, warn at 50, 80 and 95 %, save once early to
+know what a save takes, save and stop while both still fit, and report predicted against measured.
+transformers and lightning are imported only by the function that makes their callback.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from outlay.planner.spec.files import to_json, write_text
+from outlay.planner.spec.job import Budget
+from outlay.profiles.errors import MissingExtra, OutlayError, UsageError
+from outlay.profiles.units import format_seconds
+from outlay.runner.budget import Bounds, EnergyReading, Meter, Spent, amount_of, process_started_s
+from outlay.runner.control import Controller, Decision, Stop
+from outlay.runner.forecast import Forecast
+from outlay.runner.ledger import Entry, Ledger, OpenRun, Want
+from outlay.runner.limits import Limits
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+    from transformers import TrainerCallback
+
+SCHEMA_REPORT = "outlay/guard@1"
+REHEARSE_AFTER = 3
+"""Steps before the first save, and those that are left out of the timings."""
+BEAT_S = 10.0
+"""Between entries in the ledger: one is a write that is forced to disk, some milliseconds."""
+FORECAST_AT = 0.2
+"""Of the steps: the forecast that the report keeps."""
+UNKNOWN_SAVE_S = 5.0
+"""Taken for the first save before one was timed, where the size of the model is not known."""
+ENDLESS = 2**62
+
+When = Literal["cut", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was predicted and what came: `outlay-report.json`."""
+
+    state: Literal["done", "budget", "stopped"]
+    reason: str
+    steps: int
+    """Done by this process."""
+    spent: Spent
+    """By all attempts of the run."""
+    step_s: float | None
+    """Mean of the timed steps, saves and evaluations included; null = too few."""
+    predicted_step_s: tuple[float, float, float] | None
+    """Low, expected, high of the plan; null without a plan."""
+    forecast: Forecast | None
+    """Of the whole run's wall time, at 20 % of the steps; null = the number of steps is not known."""
+    saved: bool
+    """The last step is in a checkpoint."""
+    schema: str = SCHEMA_REPORT
+
+    def text(self) -> str:
+        """For a person."""
+        lines = [f"outlay: {self.state}: {self.reason}; {self.steps:,} steps, {_spent(self.spent)}"]
+        if self.predicted_step_s is not None and self.step_s is not None:
+            low, mid, high = (format_seconds(s) for s in self.predicted_step_s)
+            off = self.step_s / self.predicted_step_s[1] - 1
+            lines.append(
+                f"  step {format_seconds(self.step_s)}, predicted {mid} ({low} to {high}): {off:+.0%}"
+            )
+        if self.forecast is not None:
+            f = self.forecast
+            low, mid, high = (format_seconds(s) for s in (f.low_s, f.expected_s, f.high_s))
+            lines.append(
+                f"  forecast at {FORECAST_AT:.0%} of the steps, for all: {mid} ({low} to {high}); "
+                f"used {format_seconds(self.spent.wall_s)}"
+            )
+        return "\n".join(lines)
+
+
+def _spent(spent: Spent) -> str:
+    parts = [format_seconds(spent.wall_s)]
+    if spent.cost_usd is not None:
+        parts.append(f"{spent.cost_usd:.4g} USD")
+    if spent.energy_kwh is not None:
+        parts.append(f"{spent.energy_kwh:.4g} kWh")
+    used = "" if spent.fraction is None else f", {spent.fraction:.1%} of the budget"
+    return " and ".join(parts) + used
+
+
+class _Endless(Controller):
+    """Of a loop that has no known end."""
+
+    def forecast_text(self, step: int) -> str:
+        return f"{step:,} steps are done, the budget is {self.meter.limit_text()}"
+
+
+class Guard:
+    """Three calls: make it, `step()` after each step (True = stop now), `close()`.
+
+    budget            "2usd", "1h", "10gpuh", or several; "project" in project= draws on its budget
+    price_usd_per_h   of all that is rented; needed for money
+    steps             of the whole loop, where that is known: gives forecasts
+    save              called after the third step, and before the stop; without it use `saving()`
+    plan              plan.yaml: its prediction is set against what is measured
+    started_s         on CLOCK_MONOTONIC, since when time counts; null = the start of this process
+    run               a name that later processes continue: what earlier ones spent counts
+    """
+
+    def __init__(
+        self,
+        budget: str | Sequence[str] = (),
+        *,
+        price_usd_per_h: float | None = None,
+        steps: int | None = None,
+        save: Callable[[], object] | None = None,
+        when_over: When = "cut",
+        accelerators: int = 1,
+        plan: str | Path | None = None,
+        run: str | None = None,
+        user: str | None = None,
+        project: str | None = None,
+        tags: Sequence[str] = (),
+        ledger: str | None = None,
+        energy: EnergyReading | None = None,
+        kgco2e_per_kwh: float | None = None,
+        minimum_s: float = 0.0,
+        started_s: float | None = None,
+        report: str | Path | None = None,
+        say: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        texts = [budget] if isinstance(budget, str) else list(budget)
+        budgets = [Budget.parse(text, where="budget") for text in texts]
+        if steps is not None and steps < 1:
+            raise UsageError(f"a loop of {steps} steps has nothing to guard", where="steps")
+        price, self._predicted, total_s = _of_plan(plan, price_usd_per_h)
+        self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._ledger = self._opened(ledger, project)
+        name = run or f"{platform.node()}:{os.getpid()}:{time.time_ns()}"
+        earlier = None if self._ledger is None else self._ledger.spent(name)
+        self._entry = Entry(
+            run=name,
+            user=user or Limits().user,
+            project=project,
+            tags=tuple(tags),
+            tool="guard",
+            machine=platform.node(),
+            accelerators=accelerators,
+            price_usd_per_h=price,
+            price_source=None if price is None else "price_usd_per_h",
+            predicted_s=total_s,
+            predicted_usd=None if price is None or total_s is None else price * total_s[1] / 3600,
+        )
+        self._open, budgets = self._enter(budgets, earlier)
+        if not budgets:
+            raise UsageError(
+                "there is no budget to keep", do="give budget, or a project that has one"
+            )
+        self.meter = Meter(
+            budgets,
+            price_usd_per_h=price,
+            accelerators=accelerators,
+            started_s=process_started_s() if started_s is None else started_s,
+            earlier=earlier,
+            energy=energy,
+            kgco2e_per_kwh=kgco2e_per_kwh,
+            minimum_s=minimum_s,
+            clock=clock,
+        )
+        self.bounds = Bounds(step_guess_s=0.0, parameters=0, write_bytes_per_s=1.0)
+        self.bounds.save.guess(UNKNOWN_SAVE_S if save is not None else 0.0)
+        self.bounds.export.guess(0.0)
+        kind = _Endless if steps is None else Controller
+        self.control = kind(
+            self.meter, self.bounds, steps=steps or ENDLESS, policy=when_over, skip=REHEARSE_AFTER
+        )  # type: ignore[arg-type]
+        self._steps, self._save, self._clock = steps, save, clock
+        self._report_path = None if report is None else Path(report)
+        self.done, self._saved_at, self._forecast = 0, -1, None
+        self._mark_s = self._beat_s = clock()
+        self.why: Stop | Literal["ledger"] | None = None
+        self._closed: Report | None = None
+        atexit.register(self.close)  # a loop that ends by an exception is booked, too
+
+    def _opened(self, file: str | None, project: str | None) -> Ledger | None:
+        """Only a project cannot do without it."""
+        try:
+            found = Ledger.opened(file)
+        except OutlayError as error:
+            if project is not None:
+                raise
+            self._say(f"outlay: not in the ledger: {error.message()}")
+            return None
+        if found is None and project is not None:
+            raise UsageError("a project needs the ledger, which is off", where="project")
+        return found
+
+    def _enter(
+        self, budgets: list[Budget], earlier: Spent | None
+    ) -> tuple[OpenRun | None, list[Budget]]:
+        """Into the ledger; a project's budgets become ours, as far as they are free."""
+        project = self._entry.project
+        if self._ledger is None:
+            return None, budgets
+        own = {b.kind: b.amount - amount_of(b, earlier or _NOTHING) for b in budgets}
+        totals = [] if project is None else self._ledger.totals(project)
+        wants = [Want(kind=t.budget.kind, amount=own.get(t.budget.kind)) for t in totals]
+        run = self._ledger.open_run(self._entry, wants=wants)
+        for kind, amount in run.reserved.items():
+            drawn = Budget(kind=kind, amount=amount)
+            drawn = replace(drawn, amount=amount + amount_of(drawn, earlier or _NOTHING))
+            budgets = [b for b in budgets if b.kind != kind] + [drawn]
+        return run, budgets
+
+    @property
+    def stop_now(self) -> bool:
+        """Whether the last `step()` said stop."""
+        return self.why is not None
+
+    def step(self) -> bool:
+        """A step is done. True = the budget is reached and saved: leave the loop."""
+        due = self.look()
+        if self._save is not None and (self.stop_now or due) and self._saved_at != self.done:
+            with self.saving():
+                self._save()
+        return self.stop_now
+
+    def look(self) -> bool:
+        """A step is done: decide. True = a first save is due, to know what saves take.
+
+        For callbacks, whose trainers save by themselves; loops call `step`.
+        """
+        now_s = self._clock()
+        self.done += 1
+        self.bounds.step.add(now_s - self._mark_s)
+        if self.done == 2 * REHEARSE_AFTER:
+            self.bounds.step.forget_first(REHEARSE_AFTER)
+        decision: Decision = self.control.decide(self.done)
+        for text in decision.warnings:
+            self._say(f"outlay: {text}")
+        self.why = self.why or decision.stop
+        if self._forecast is None and self._steps and self.done >= FORECAST_AT * self._steps:
+            self._forecast = self.control.forecast(self.done)
+        self._beat(now_s)
+        self.resumed()
+        return (
+            self.done == REHEARSE_AFTER
+            and not self.bounds.save.measured
+            and self.control.affords(self.bounds.save.upper_s())
+        )
+
+    def resumed(self) -> None:
+        """What came since the last step was no step: a save, an evaluation."""
+        self._mark_s = self._clock()
+
+    def saved(self, took_s: float) -> None:
+        """All steps until now are in a checkpoint, which took so long."""
+        self.bounds.save.add(took_s)
+        self._saved_at = self.done
+        self.resumed()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save of the loop's own, so that its time is known."""
+        began_s = self._clock()
+        yield
+        self.saved(self._clock() - began_s)
+
+    def _beat(self, now_s: float) -> None:
+        if self._open is None or now_s - self._beat_s < BEAT_S:
+            return
+        self._beat_s = now_s
+        next_s = BEAT_S + self.bounds.step.upper_s() + self.bounds.save.upper_s()
+        try:
+            held = self._open.heartbeat(self.meter.attempt(), steps=self.done, next_s=next_s)
+        except OutlayError as error:  # a full disk is no reason to end a training
+            self._say(f"outlay: the ledger was not written: {error.message()}")
+            return
+        if not held:
+            self._say("outlay: the reservation in the ledger is gone: stopping")
+            self.why = self.why or "ledger"
+
+    def close(self) -> Report:
+        """The end: the last entry in the ledger, and the report (also as text on stderr)."""
+        if self._closed is not None:
+            return self._closed
+        complete = self._steps is not None and self.done >= self._steps
+        state, reason = "stopped", "the loop ended before its budget"
+        if complete:
+            state, reason = "done", f"all {self._steps:,} steps done"
+        elif self.why == "ledger":
+            reason = "the reservation in the ledger was lost"
+        elif self.why is not None:
+            state, reason = "budget", f"saved and stopped within {self.meter.limit_text()}"
+            if self.why == "forecast":
+                reason = self.control.forecast_text(self.done)
+        timed = self.control.speed.steps >= REHEARSE_AFTER
+        self._closed = Report(
+            state=state,  # type: ignore[arg-type]
+            reason=reason,
+            steps=self.done,
+            spent=self.meter.spent(),
+            step_s=self.control.speed.step_s() if timed else None,
+            predicted_step_s=self._predicted,
+            forecast=self._forecast,
+            saved=self._saved_at == self.done,
+        )
+        atexit.unregister(self.close)
+        self._book(self._closed)
+        if self._report_path is not None:
+            write_text(self._report_path, to_json(self._closed))
+        self._say(self._closed.text())
+        return self._closed
+
+    def _book(self, report: Report) -> None:
+        if self._open is None or self._ledger is None:
+            return
+        used = self.meter.attempt()
+        try:
+            self._open.close_run(used, state=report.state, reason=report.reason, steps=report.steps)
+            self._ledger.close()
+        except OutlayError as error:
+            self._say(f"outlay: the ledger was not written: {error.message()}")
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+_NOTHING = Spent(wall_s=0.0, cost_usd=0.0, gpu_hours=0.0, fraction=None)
+
+
+def _of_plan(
+    plan: str | Path | None, price_usd_per_h: float | None
+) -> tuple[float | None, tuple[float, float, float] | None, tuple[float, float, float] | None]:
+    """(price, predicted seconds a step, predicted seconds of all steps)."""
+    if plan is None:
+        return price_usd_per_h, None, None
+    from outlay.planner.planning import read_plan
+
+    found = read_plan(str(plan))
+    step = found.estimate.get("step") or {}
+    price = found.cluster.price_usd_per_h if price_usd_per_h is None else price_usd_per_h
+    if step.get("time_s") is None:
+        return price, None, None
+    low, mid, high = (float(step[key]) for key in ("low_s", "time_s", "high_s"))
+    steps = found.job.steps
+    return price, (low, mid, high), (low * steps, mid * steps, high * steps)
+
+
+def hf_callback(budget: str | Sequence[str] = (), **options: Any) -> TrainerCallback:
+    """For `transformers.Trainer(callbacks=[…])`. Options are those of `Guard`, less steps and save."""
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingExtra("transformers", "run")
+    from outlay.runner.callback_hf import BudgetCallback
+
+    return BudgetCallback(budget, **options)
+
+
+def lightning_callback(
+    budget: str | Sequence[str] = (), *, save_to: str | Path = "outlay-budget.ckpt", **options: Any
+) -> Callback:
+    """For `lightning.Trainer(callbacks=[…])`. The last state goes to `save_to`."""
+    if importlib.util.find_spec("lightning") is None:
+        raise UsageError("Lightning is not installed", do="pip install lightning")
+    from outlay.runner.callback_lightning import BudgetCallback
+
+    return BudgetCallback(budget, save_to=Path(save_to), **options)

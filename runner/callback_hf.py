@@ -1,0 +1,116 @@
+"""The guard inside Hugging Face's Trainer. Imported by `callback.hf_callback` only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from outlay.planner.spec.job import Budget
+from outlay.runner.budget import Bounds, UpperBound, measure_write_rate
+from outlay.runner.callback import Guard, Report
+from outlay.runner.votes import Votes
+
+
+class BudgetCallback(TrainerCallback):  # type: ignore[misc]
+    """Rank 0 meters and decides; all ranks hear the same. `report` is there after the training."""
+
+    def __init__(self, budget: str | Sequence[str] = (), **options: Any) -> None:
+        for text in [budget] if isinstance(budget, str) else budget:
+            Budget.parse(text, where="budget")  # a wrong one is told before anything is trained
+        self._budget, self._options = budget, options
+        self.guard: Guard | None = None
+        self.report: Report | None = None
+        self._votes: Votes | None = None
+        self._evaluate = UpperBound(0.0, slack_s=0.1)
+        self._extra_s = 0.0
+        self._stopping = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stopping = False
+        self._votes = Votes(dist.get_world_size() if dist.is_initialized() else 1)
+        if not state.is_world_process_zero:
+            return
+        options: dict[str, Any] = {"accelerators": args.world_size, **self._options}
+        self.guard = Guard(self._budget, steps=state.max_steps - state.global_step, **options)
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = kwargs["model"]
+        written = Bounds(
+            step_guess_s=0.0,
+            parameters=sum(p.numel() for p in model.parameters()),
+            write_bytes_per_s=measure_write_rate(folder),
+        )
+        self.guard.bounds.save.guess(written.save.upper_s())
+        self.guard.resumed()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        stop = first_save = no_save = no_evaluation = False
+        if self.guard is not None:
+            first_save = self.guard.look()
+            stop = self.guard.stop_now
+            no_save, no_evaluation = self._too_dear(control, kwargs)
+        said = self._agree(stop, first_save, no_save, no_evaluation)
+        self._stopping, first_save, no_save, no_evaluation = said
+        if self._stopping:
+            control.should_training_stop = control.should_save = True
+        control.should_save = (control.should_save and not no_save) or first_save or self._stopping
+        control.should_evaluate = control.should_evaluate and not (self._stopping or no_evaluation)
+        self._extra_s = time.monotonic()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # an epoch that is cut short ends here, too; its state is saved already
+        no_save, no_evaluation = self._agree(*self._too_dear(control, kwargs))
+        control.should_save = control.should_save and not (self._stopping or no_save)
+        control.should_evaluate = control.should_evaluate and not (self._stopping or no_evaluation)
+        self._extra_s = time.monotonic()
+
+    def _agree(self, *wishes: bool) -> list[bool]:
+        assert self._votes is not None
+        return [bool(n) for n in self._votes.largest(*(int(wish) for wish in wishes))]
+
+    def _too_dear(self, control: TrainerControl, kwargs: dict[str, Any]) -> tuple[bool, bool]:
+        """Whether a save and an evaluation that are due do not fit before the end."""
+        if self.guard is None:
+            return False, False
+        affords, bounds = self.guard.control.affords, self.guard.bounds
+        if not self._evaluate.measured and kwargs.get("eval_dataloader") is not None:
+            # a forward pass takes no longer than a forward and a backward one
+            batches = len(kwargs["eval_dataloader"])
+            self._evaluate.guess(batches * bounds.step.upper_s() + 0.5)
+        evaluation_s = self._evaluate.upper_s() if control.should_evaluate else 0.0
+        no_evaluation = control.should_evaluate and not affords(evaluation_s)
+        evaluation_s = 0.0 if no_evaluation else evaluation_s
+        no_save = control.should_save and not affords(evaluation_s + bounds.save.upper_s())
+        return no_save, no_evaluation
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.guard is not None and self.report is None:
+            self._evaluate.add(time.monotonic() - self._extra_s)
+            self._extra_s = time.monotonic()
+            self.guard.resumed()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.guard is not None and self.report is None:
+            self.guard.saved(time.monotonic() - self._extra_s)
+            self._extra_s = time.monotonic()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.guard is not None:
+            self.report = self.guard.close()

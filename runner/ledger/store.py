@@ -1,0 +1,373 @@
+"""The ledger's SQLite file: what runs spent, and what they may still draw from a project's budget.
+
+A transaction is one heartbeat, one reservation or one end; each is durable before it returns
+(WAL, synchronous=FULL), so kill -9 or power loss at any instant leaves the state before or after it.
+What a budget is charged with: an attempt that lives, the larger of what it spent and what it reserved;
+one that ended, what it spent; one that died, what it had spent and what it may have spent until its
+next heartbeat, at most its reservation. A reservation is given only if the sum stays within the budget.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlay.planner.spec.job import Budget, BudgetKind
+from outlay.profiles.errors import FileError, NotFeasible, OutlayError, UsageError
+from outlay.runner.budget import Spent
+from outlay.runner.events import utc_now
+from outlay.runner.ledger.dead import SPENT, bury
+from outlay.runner.ledger.lease import LEASE_S, this_process
+
+VARIABLE = "OUTLAY_LEDGER"
+VERSION = 1
+"""PRAGMA user_version; a newer file is refused, not guessed at."""
+WAIT_S = 60.0
+"""For other processes to finish writing."""
+
+SCHEMA = """
+CREATE TABLE budgets (project TEXT, kind TEXT, amount REAL NOT NULL, PRIMARY KEY (project, kind));
+CREATE TABLE runs (
+  id TEXT PRIMARY KEY, tool TEXT NOT NULL, created_at TEXT NOT NULL, predicted_low_s REAL,
+  predicted_s REAL, predicted_high_s REAL, predicted_usd REAL);
+CREATE TABLE attempts (
+  id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs (id), user TEXT NOT NULL, project TEXT,
+  tags TEXT NOT NULL, started_at TEXT NOT NULL, ended_at TEXT, state TEXT NOT NULL, reason TEXT,
+  machine TEXT NOT NULL, accelerator TEXT,
+  accelerators INTEGER NOT NULL, price_usd_per_h REAL, price_source TEXT, steps INTEGER,
+  wall_s REAL NOT NULL, cost_usd REAL, gpu_hours REAL NOT NULL, energy_kwh REAL, co2e_kg REAL,
+  space TEXT, pid INTEGER, ticks INTEGER, beats INTEGER NOT NULL, beat_s REAL NOT NULL,
+  next_s REAL NOT NULL, watch TEXT);
+CREATE INDEX attempts_of_run ON attempts (run);
+CREATE INDEX attempts_by_state ON attempts (state);
+CREATE TABLE reservations (
+  attempt INTEGER REFERENCES attempts (id), kind TEXT, amount REAL NOT NULL,
+  PRIMARY KEY (attempt, kind));
+"""
+COLUMN = {
+    "money": "a.cost_usd",
+    "hours": "a.wall_s / 3600",
+    "gpu_hours": "a.gpu_hours",
+    "energy": "a.energy_kwh",
+    "carbon": "a.co2e_kg",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known of an attempt when it starts."""
+
+    run: str
+    """The same for all attempts of one run: its folder, or a name."""
+    user: str
+    project: str | None = None
+    tags: tuple[str, ...] = ()
+    tool: str = "run"
+    machine: str
+    accelerator: str | None = None
+    accelerators: int = 1
+    price_usd_per_h: float | None = None
+    price_source: str | None = None
+    predicted_s: tuple[float, float, float] | None = None
+    """Low, expected, high of the whole run."""
+    predicted_usd: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Want:
+    """What an attempt asks of one budget of its project."""
+
+    kind: BudgetKind
+    amount: float | None
+    """Null = all that is left."""
+    least: float = 0.0
+    """Less is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """How a project budget stands."""
+
+    budget: Budget
+    charged: float
+    """Spent and reserved, in the unit of the budget."""
+    spent: float
+    alive: int
+    """Attempts that hold a reservation now."""
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self.budget.amount - self.charged)
+
+
+def ledger_path(given: str | None = None) -> Path | None:
+    """The file that is meant; None where the ledger is switched off."""
+    text = given or os.environ.get(VARIABLE, "")
+    if text.lower() == "off":
+        return None
+    if text:
+        return Path(text).expanduser()
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "outlay" / "ledger.sqlite"
+
+
+class Ledger:
+    """One file, shared by all processes of a machine. Not for network file systems: SQLite's WAL
+    needs memory that its users share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._prepare()
+        except (sqlite3.Error, OSError) as error:
+            raise self._failed(error) from error
+
+    @classmethod
+    def opened(cls, given: str | None = None) -> Ledger | None:
+        """The ledger of this user, or the given file; None where it is `off`."""
+        path = ledger_path(given)
+        return None if path is None else cls(path)
+
+    def _prepare(self) -> None:
+        with self.change() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+            if version == VERSION and {"budgets", "runs", "attempts", "reservations"} <= tables:
+                return
+            if version > VERSION:
+                raise FileError(
+                    f"a newer outlay wrote this ledger (version {version}, known: {VERSION})",
+                    where=str(self.path),
+                    do="upgrade outlay, or set OUTLAY_LEDGER to another file",
+                )
+            if tables:
+                raise FileError(
+                    "this is a database of something else",
+                    where=str(self.path),
+                    do="give another file",
+                )
+            # not executescript: it would commit, and leave half a schema to whoever comes next
+            for statement in SCHEMA.split(";\n"):
+                if statement.strip():
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version={VERSION}")
+
+    def _failed(self, error: Exception) -> OutlayError:
+        kind = FileError if "not a database" in str(error) else OutlayError
+        return kind(
+            "the ledger cannot be used",
+            where=str(self.path),
+            why=str(error),
+            do="set OUTLAY_LEDGER to another file, or to off",
+        )
+
+    @contextmanager
+    def change(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that no other process' can come between."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def whole(self) -> bool:
+        """What SQLite itself says of the file."""
+        return [tuple(r) for r in self.rows("PRAGMA integrity_check")] == [("ok",)]
+
+    def set_budget(self, project: str, budget: Budget) -> None:
+        with self.change() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO budgets VALUES (?, ?, ?)",
+                (project, budget.kind, budget.amount),
+            )
+
+    def remove_budgets(self, project: str) -> int:
+        with self.change() as db:
+            return db.execute("DELETE FROM budgets WHERE project = ?", (project,)).rowcount
+
+    def totals(self, project: str | None = None) -> list[Total]:
+        """Of one project, or of all that have a budget; the dead are buried first."""
+        with self.change() as db:
+            bury(db)
+            budgets = db.execute(
+                "SELECT * FROM budgets WHERE ?1 IS NULL OR project = ?1 ORDER BY project, kind",
+                (project,),
+            ).fetchall()
+            return [_total(db, row["project"], _budget(row)) for row in budgets]
+
+    def spent(self, run: str) -> Spent:
+        """What all attempts of a run used so far."""
+        with self.change() as db:
+            bury(db)
+            sums = ", ".join(f"sum({name})" for name in SPENT)
+            wall_s, cost, hours, kwh, kg = db.execute(
+                f"SELECT {sums} FROM attempts WHERE run = ?", (run,)
+            ).fetchone()
+        return Spent(
+            wall_s=wall_s or 0.0,
+            cost_usd=cost,
+            gpu_hours=hours or 0.0,
+            fraction=None,
+            energy_kwh=kwh,
+            co2e_kg=kg,
+        )
+
+    def open_run(self, entry: Entry, *, wants: Sequence[Want] = ()) -> OpenRun:
+        """Enter an attempt of this process, and in the same transaction what it draws on its
+        project's budgets; refused (NotFeasible) if there is too little left, and nothing entered."""
+        owner, low_mid_high = this_process(), entry.predicted_s or (None, None, None)
+        with self.change() as db:
+            bury(db)
+            # the first prediction stays: later ones know more
+            db.execute(
+                "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (entry.run, entry.tool, utc_now(), *low_mid_high, entry.predicted_usd),
+            )
+            attempt = insert(
+                db,
+                "attempts",
+                run=entry.run, user=entry.user, project=entry.project, tags=json.dumps(entry.tags),
+                started_at=utc_now(), state="running", machine=entry.machine,
+                accelerator=entry.accelerator, accelerators=entry.accelerators,
+                price_usd_per_h=entry.price_usd_per_h, price_source=entry.price_source, wall_s=0.0,
+                gpu_hours=0.0, space=owner.space, pid=owner.pid, ticks=owner.ticks, beats=0,
+                beat_s=time.monotonic(), next_s=LEASE_S,
+            )  # fmt: skip
+            run = OpenRun(self, attempt, entry)
+            for want in wants:
+                run.draw(db, want)
+        return run
+
+
+class OpenRun:
+    """An attempt of this process, until it is closed."""
+
+    def __init__(self, ledger: Ledger, attempt: int, entry: Entry) -> None:
+        self._ledger, self.attempt, self.entry = ledger, attempt, entry
+        self.reserved: dict[BudgetKind, float] = {}
+        """What this attempt may use in all, by kind of budget."""
+
+    def reserve(self, kind: BudgetKind, amount: float | None, *, least: float = 0.0) -> float:
+        """Draw anew: so much in all for this attempt, what it has spent included, or what is left."""
+        with self._ledger.change() as db:
+            bury(db)
+            return self.draw(db, Want(kind=kind, amount=amount, least=least))
+
+    def draw(self, db: sqlite3.Connection, want: Want) -> float:
+        """Within a transaction. Refuses less than the least, and less than what is spent already."""
+        project, kind = self.entry.project, want.kind
+        row = db.execute(
+            "SELECT * FROM budgets WHERE project = ? AND kind = ?", (project, kind)
+        ).fetchone()
+        if row is None:
+            raise UsageError(
+                f"project {project!r} has no budget of {kind}",
+                where=str(self._ledger.path),
+                do=f"outlay ledger budget {project or 'PROJECT'} AMOUNT",
+            )
+        # its own old reservation is free for the new one
+        db.execute("DELETE FROM reservations WHERE attempt = ? AND kind = ?", (self.attempt, kind))
+        own = self._spent(db, kind)
+        total = _total(db, row["project"], _budget(row))
+        free = own + total.left
+        amount = free if want.amount is None else min(want.amount, free)
+        if amount < want.least or amount <= own:
+            raise _too_little(row["project"], total, kind, max(want.least, own))
+        db.execute("INSERT INTO reservations VALUES (?, ?, ?)", (self.attempt, kind, amount))
+        self.reserved[kind] = amount
+        return amount
+
+    def _spent(self, db: sqlite3.Connection, kind: BudgetKind) -> float:
+        query = f"SELECT {COLUMN[kind]} FROM attempts a WHERE id = ?"
+        return db.execute(query, (self.attempt,)).fetchone()[0] or 0.0
+
+    def heartbeat(self, spent: Spent, *, steps: int | None = None, next_s: float = LEASE_S) -> bool:
+        """Note what this attempt has used so far. `next_s`: at most so long until the next one: it
+        is charged should the process die. False = its reservation is gone, because it was silent for
+        so long that it was taken for dead: stop, or reserve anew."""
+        with self._ledger.change() as db:
+            rows = db.execute("SELECT kind FROM reservations WHERE attempt = ?", (self.attempt,))
+            held = self.reserved.keys() <= {row["kind"] for row in rows}
+            self._note(db, spent, steps)
+            db.execute(
+                "UPDATE attempts SET state = 'running', reason = NULL, ended_at = NULL, "
+                "beats = beats + 1, beat_s = ?, next_s = ? WHERE id = ?",
+                (time.monotonic(), next_s, self.attempt),
+            )
+        return held
+
+    def _note(self, db: sqlite3.Connection, spent: Spent, steps: int | None) -> None:
+        sets = ", ".join(f"{name} = ?" for name in SPENT)
+        db.execute(
+            f"UPDATE attempts SET {sets}, steps = coalesce(?, steps) WHERE id = ?",
+            (*(getattr(spent, name) for name in SPENT), steps, self.attempt),
+        )
+
+    def close_run(
+        self, spent: Spent, *, state: str, reason: str = "", steps: int | None = None
+    ) -> None:
+        """The final bill; what was reserved and not spent is free again."""
+        with self._ledger.change() as db:
+            self._note(db, spent, steps)
+            db.execute("DELETE FROM reservations WHERE attempt = ?", (self.attempt,))
+            db.execute(
+                "UPDATE attempts SET state = ?, reason = ?, ended_at = ? WHERE id = ?",
+                (state, reason, utc_now(), self.attempt),
+            )
+
+
+def insert(db: sqlite3.Connection, table: str, **values: object) -> int:
+    """One row; returns its number."""
+    marks = ", ".join("?" * len(values))
+    query = f"INSERT INTO {table} ({', '.join(values)}) VALUES ({marks})"
+    return int(db.execute(query, tuple(values.values())).lastrowid or 0)
+
+
+def _budget(row: sqlite3.Row) -> Budget:
+    return Budget(kind=row["kind"], amount=row["amount"])
+
+
+def _total(db: sqlite3.Connection, project: str, budget: Budget) -> Total:
+    used = f"coalesce({COLUMN[budget.kind]}, 0)"
+    charged, spent, alive = db.execute(
+        f"SELECT coalesce(sum(max({used}, coalesce(r.amount, 0))), 0), coalesce(sum({used}), 0),"
+        " count(r.amount) FROM attempts a"
+        " LEFT JOIN reservations r ON r.attempt = a.id AND r.kind = ? WHERE a.project = ?",
+        (budget.kind, project),
+    ).fetchone()
+    return Total(budget=budget, charged=charged, spent=spent, alive=alive)
+
+
+def _too_little(project: str, total: Total, kind: str, needed: float) -> NotFeasible:
+    return NotFeasible(
+        f"project {project!r} has too little left of its budget of {total.budget}",
+        why=f"{total.spent:.6g} are spent, {max(0.0, total.charged - total.spent):.6g} reserved by "
+        f"{total.alive} runs that go on, {total.left:.6g} {kind} are free; "
+        f"more than {needed:.6g} are needed",
+        do=f"wait for them, or raise it: outlay ledger budget {project} AMOUNT",
+    )
