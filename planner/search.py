@@ -119,15 +119,15 @@ def moment_bytes(job: Job) -> float:
 
 
 def ranked(e: Estimates, fitting: int) -> Array:
-    """The first `fitting` candidates, fastest first; within half a per cent, less memory first, then the
-    plainer one."""
+    """The first `fitting` candidates, fastest first; within half a per cent, what stays on the accelerator
+    first, then what takes less memory, then the plainer loss."""
     assert e.step is not None
     seconds = e.step.time_s[:fitting]
     tied = np.floor(np.log(seconds / seconds.min()) / TIE)
     c = e.candidates
     return np.lexsort((
-        c.offload_param[:fitting], c.offload_optimizer[:fitting], c.loss[:fitting],
-        e.memory.device[:fitting], tied,
+        c.loss[:fitting], e.memory.device[:fitting],
+        c.offload_param[:fitting], c.offload_optimizer[:fitting], tied,
     ))  # fmt: skip
 
 

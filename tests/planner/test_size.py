@@ -130,12 +130,15 @@ def test_cheapest_and_fastest_are(answered: tuple[Path, dict[str, Any], str]) ->
     assert value["recommended"] == "A"
 
 
-def test_losers_have_true_reasons(answered: tuple[Path, dict[str, Any], str]) -> None:
-    """What is said not to fit does not fit in a search of its own."""
+def test_losers_have_true_reasons(tmp_path: Path) -> None:
+    """What is said not to fit does not fit in a search of its own. Without offload, so that some do not."""
     from outlay.planner.hardware import resolve_hardware
+    from outlay.planner.space import TARGETS
     from outlay.profiles.errors import NotFeasible
 
-    value = answered[1]
+    result = run(["size", *EIGHT_B, "--budget", "2000usd", "--for", "megatron"], tmp_path)
+    assert result.exit_code == 0, result.output
+    value = json.loads((tmp_path / "size.json").read_text())
     assert all(row["why"] for row in value["losers"])
     spec, _ = resolve_model("llama-3-8b")
     job: Job = parse(Job, value["job"], path="size.json")
@@ -150,7 +153,7 @@ def test_losers_have_true_reasons(answered: tuple[Path, dict[str, Any], str]) ->
             job, precision="bf16" if "bf16" in cluster.accelerator.flops else "fp16"
         )
         with pytest.raises(NotFeasible):
-            search(spec, own, cluster)
+            search(spec, own, cluster, target=TARGETS["megatron"])
     beaten = [r for r in value["losers"] if r["constraint"] == "beaten"]
     for row in beaten:
         assert "times" in row["why"]
@@ -225,7 +228,7 @@ def test_lines_stay_within_the_width(
         (["--reach-loss", "1.5"], 2, "out of reach"),
         (["--budget", "10usd", "--overtrain", "-1"], 2, "makes no sense"),
         ([*EIGHT_B, "--budget", "0.01usd"], 3, "keeps"),
-        ([*EIGHT_B, "--hardware", "t4:1"], 3, "fits"),
+        ([*EIGHT_B, "--hardware", "t4:1", "--for", "megatron"], 3, "fits"),
     ],
 )
 def test_nonsense(args: list[str], code: int, says: str, tmp_path: Path) -> None:
