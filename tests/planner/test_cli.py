@@ -206,7 +206,11 @@ def test_an_edited_plan_that_breaks_a_rule_is_refused(
         (("estimate", "--zero", "4"), 2, "--zero"),
         (("estimate", "--cases", "nope.csv", "--out", "x.csv"), 2, "cannot be read"),
         (("estimate", "--cases", "nope.csv"), 2, "--out"),
-        (("plan", "--model", "llama-3.1-405b", "--hardware", "rtx-4090:1", "--steps", "1"), 3, "fits"),
+        (
+            ("plan", "--model", "llama-3.1-405b", "--hardware", "rtx-4090:1", "--steps", "1"),
+            3,
+            "fits",
+        ),
         (("plan", "nope.yaml"), 2, "no such file"),
         (("emit", "deepspeed", "nope.yaml"), 2, "no such file"),
         (("run", "nope.yaml"), 2, "no such file"),
