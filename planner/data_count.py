@@ -363,8 +363,8 @@ def _text_lines(handle: Iterable[bytes], file: Path) -> Iterator[str]:
 
 def _parquet(file: Path, share: float) -> Iterator[tuple[list[str], int]]:
     try:
-        import pyarrow as pa  # type: ignore[import-untyped]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        import pyarrow as pa
+        import pyarrow.parquet as pq
     except ImportError:
         raise UsageError(
             "reading .parquet needs the package pyarrow, which is not installed", where=str(file),
