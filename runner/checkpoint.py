@@ -35,6 +35,7 @@ MANIFEST_KEYS = (
     "step",
     "tokens",
     "data",
+    "spent",
     "rng",
     "config_sha256",
     "strategy",

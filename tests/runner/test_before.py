@@ -95,13 +95,13 @@ def test_flags_replace_what_a_run_has_and_nothing_else() -> None:
 def test_a_dry_run_says_what_a_run_would(tmp_path, monkeypatch, more, code, says) -> None:
     from outlay.profiles.errors import OutlayError
     from outlay.runner import energy
-    from outlay.runner.commands.run import run
+    from outlay.runner.cli import cli
 
     monkeypatch.setattr(fit, "check_machine", lambda *_: None)
     monkeypatch.setattr(energy, "_rapl", lambda _root: None)
     path = tmp_path / "plan.yaml"
     path.write_text(to_yaml(plan_of(1000, Budget(kind="money", amount=0.5))))
-    result = CliRunner().invoke(run, [str(path), "--dry-run", *more])
+    result = CliRunner().invoke(cli, ["run", str(path), "--dry-run", *more])
     error = result.exception
     seen = error.message() if isinstance(error, OutlayError) else result.output
     assert (error.exit_code if isinstance(error, OutlayError) else result.exit_code) == code, seen

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from outlay.planner.spec.job import Data
 from outlay.profiles.errors import UsageError
-from outlay.runner.commands.follow import stop, tail
+from outlay.runner.cli import cli
 from outlay.runner.events import EventLog
 from outlay.runner.folder import Attempts, RunFolder
 
@@ -52,7 +52,7 @@ def test_a_run_that_works_is_asked_to_stop_and_waited_for(folder: RunFolder) -> 
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         assert folder.owner() == process.pid
-        result = CliRunner().invoke(stop, [str(folder.root)])
+        result = CliRunner().invoke(cli, ["stop", str(folder.root)])
         assert result.exit_code == 0, result.output
         assert process.wait(10) == 75
     assert "stopped" in result.output
@@ -61,12 +61,12 @@ def test_a_run_that_works_is_asked_to_stop_and_waited_for(folder: RunFolder) -> 
 
 def test_a_run_that_does_not_work_cannot_be_stopped(folder: RunFolder) -> None:
     with pytest.raises(UsageError, match="is not running"):
-        CliRunner().invoke(stop, [str(folder.root)], catch_exceptions=False)
+        CliRunner().invoke(cli, ["stop", str(folder.root)], catch_exceptions=False)
 
 
 def test_tail_shows_the_last_events_and_ends_with_the_run(folder: RunFolder) -> None:
     began_s = time.monotonic()
-    result = CliRunner().invoke(tail, [str(folder.root), "-n", "2"])
+    result = CliRunner().invoke(cli, ["tail", str(folder.root), "-n", "2"])
     assert time.monotonic() - began_s < 30
     lines = result.output.splitlines()
     assert [line.split("step ")[1].split("  ")[0] for line in lines] == ["4/50", "5/50"]
@@ -74,4 +74,4 @@ def test_tail_shows_the_last_events_and_ends_with_the_run(folder: RunFolder) -> 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not the folder of a run"):
-        CliRunner().invoke(tail, [str(tmp_path)], catch_exceptions=False)
+        CliRunner().invoke(cli, ["tail", str(tmp_path)], catch_exceptions=False)
