@@ -25,6 +25,8 @@ def cli_reference() -> str:
     parts = [HEAD + "# The command line\n"]
 
     def add(command: click.Command, path: tuple[str, ...], parent: click.Context | None) -> None:
+        # click keeps the help option of a command's first context: one called by itself has no -h.
+        command._help_option = None
         context = click.Context(
             command,
             info_name=path[-1],
