@@ -315,6 +315,10 @@ def predict_file(path: str | Path, out: str | Path) -> tuple[int, int]:
 
     from outlay.planner.spec.files import write_text
 
+    if Path(out).resolve() == Path(path).resolve():
+        raise UsageError(
+            f"--out {out} is the file of the cases", do="write the predictions to another file"
+        )
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS_OUT, lineterminator="\n")
     writer.writeheader()

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 
 from outlay.planner.cost import Range
-from outlay.profiles.errors import UsageError
+from outlay.profiles.errors import FileError, UsageError
+from outlay.profiles.loader import read_yaml
 
 Numbers = Any
 """A float, or an array with one entry an option."""
 
 TermsKind = Literal["on_demand", "spot", "reserved", "owned", "buy"]
 END = ("low", "expected", "high")
+SCHEMA_ASSUMPTIONS = "outlay/assumptions@1"
 STALE_DAYS = 90
 
 
@@ -37,30 +40,40 @@ class Assumption:
             raise UsageError("an assumption has to be a finite number", why=self.source)
 
 
+def as_asked(value: float, source: str) -> Assumption:
+    """A figure that a person set: low = expected = high."""
+    return Assumption(low=value, expected=value, high=value, source=source)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CostAssumptions:
-    """What a total takes for granted. Replace a field to set it."""
+    """What a total takes for granted."""
 
-    setup_h: Assumption = Assumption(low=0.25, expected=0.75, high=2.0, source="guess")
-    evaluation_fraction: Assumption = Assumption(low=0.01, expected=0.04, high=0.10, source="guess")
-    save_s: Assumption = Assumption(low=10.0, expected=60.0, high=240.0, source="guess")
-    restart_h: Assumption = Assumption(low=0.1, expected=0.25, high=0.5, source="guess")
-    spot_preemptions_node_day: Assumption = Assumption(
-        low=0.25, expected=1.0, high=3.0, source="guess"
+    setup_h: Assumption
+    evaluation_fraction: Assumption
+    save_s: Assumption
+    restart_h: Assumption
+    spot_preemptions_node_day: Assumption
+    mtbf_accelerator_h: Assumption
+    tdp_fraction: Assumption
+    pue: Assumption
+    minimum_h: Assumption
+    """Billed at least, each time the hardware is taken."""
+    attempts: Assumption
+    pilot_fraction: Assumption
+
+
+@cache
+def usual() -> CostAssumptions:
+    """Those of profiles/assumptions.yaml, for one attempt without a pilot."""
+    raw = read_yaml("assumptions.yaml")
+    if raw.get("schema") != SCHEMA_ASSUMPTIONS:
+        raise FileError(f"schema is {raw.get('schema')!r}", where="assumptions.yaml")
+    return CostAssumptions(
+        **{name: Assumption(**value) for name, value in raw["figures"].items()},
+        attempts=as_asked(1.0, "one run (--attempts)"),
+        pilot_fraction=as_asked(0.0, "none (--pilot)"),
     )
-    mtbf_accelerator_h: Assumption = Assumption(
-        low=100_000.0, expected=50_700.0, high=20_000.0,
-        source="419 unexpected interruptions in 54 days of 16,384 H100 (arXiv 2407.21783, 3.3.4);"
-        " ends guessed",
-    )  # fmt: skip
-    tdp_fraction: Assumption = Assumption(low=0.5, expected=0.8, high=1.0, source="guess")
-    attempts: Assumption = Assumption(
-        low=1.0, expected=1.0, high=1.0, source="one run (--attempts)"
-    )
-    pilot_fraction: Assumption = Assumption(
-        low=0.0, expected=0.0, high=0.0, source="none (--pilot)"
-    )
-    pue: Assumption = Assumption(low=1.1, expected=1.3, high=1.6, source="guess")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +82,6 @@ class Terms:
 
     kind: TermsKind
     price_usd_per_h: Range | None
-    minimum_h: float = 0.0
     kgco2e_per_kwh: float | None = None
     """Null = no figure is known for the region, so neither is the CO2e."""
 
@@ -107,7 +119,7 @@ def project_cost(
 ) -> ProjectCost:  # fmt: skip
     """All attempts and the pilot, each set up and billed apart; infinite where interruptions leave no time
     for work."""
-    taken = vars(assumptions or CostAssumptions())
+    taken = vars(assumptions or usual())
     at = {end: {name: getattr(a, end) for name, a in taken.items()} for end in END}
     hours: dict[str, Any] = {}
     starts: dict[str, float] = {}
@@ -124,7 +136,7 @@ def project_cost(
     price = terms.price_usd_per_h
     cost = energy = co2e = None
     if price is not None:
-        billed = {e: np.maximum(h, terms.minimum_h * starts[e]) for e, h in hours.items()}
+        billed = {e: np.maximum(h, at[e]["minimum_h"] * starts[e]) for e, h in hours.items()}
         cost = _scaled(price, billed)
     if tdp_w is not None:
         watts = {end: tdp_w * v["tdp_fraction"] * v["pue"] / 1e3 for end, v in at.items()}

@@ -232,6 +232,16 @@ def sequence_fits_positions(c: Candidates, x: Context) -> Array:
 
 
 @_rule(
+    "recomputed_layers_exist",
+    "arithmetic",
+    "a layer is recomputed once",
+    lambda s, x: f"recompute_layers {s.recompute_layers}: the model has {x.spec.layers} layers",
+)
+def recomputed_layers_exist(c: Candidates, x: Context) -> Array:
+    return np.asarray(c.recompute_layers > x.spec.layers)
+
+
+@_rule(
     "not_run_by_deepspeed",
     "deepspeed",
     "no interleaved schedule and no ring attention in 0.19.8",
@@ -263,6 +273,18 @@ def runner_does_not_yet(c: Candidates, x: Context) -> Array:
         | ((c.offload_optimizer > 0) & ((c.pp > 1) | (x.job.optimizer.name not in OFFLOADED)))
         | (c.activation_checkpointing == 1) | (c.recompute_layers >= 0) | (c.loss > 0)
     )  # fmt: skip
+
+
+@_rule(
+    "bf16_pipeline_resumes_from_zero_1",
+    "runner",
+    "DeepSpeed 0.19.8 cannot load its own checkpoint there: KeyError in runtime/bf16_optimizer.py (tried)",
+    lambda s, x: (
+        f"a bf16 pipeline (pp {s.pp}) at ZeRO-0 cannot resume from its checkpoints; use --zero 1"
+    ),
+)
+def bf16_pipeline_resumes_from_zero_1(c: Candidates, x: Context) -> Array:
+    return np.asarray((c.pp > 1) & (c.zero == 0) & (x.job.precision == "bf16"))
 
 
 PIPELINE_FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")

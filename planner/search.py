@@ -13,15 +13,12 @@ import numpy as np
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.estimator import Estimates, evaluate_memory, with_step
 from outlay.planner.estimate.interval import TIGHT_RISK, VERDICTS
-from outlay.planner.estimate.parameters import parameter_counts
-from outlay.planner.estimate.states import MOMENTS
 from outlay.planner.rules import RULES, Context, Rule, broken
 from outlay.planner.space import (
     TARGETS,
     Target,
     candidates_for,
     divisors,
-    host_bytes_a_node,
     spread_of,
 )
 from outlay.planner.spec.cluster import Cluster
@@ -101,21 +98,8 @@ def search(
 def in_memory(
     spec: ModelSpec, job: Job, cluster: Cluster, c: Candidates, target: Target
 ) -> Estimates:
-    """Memory and its risk; what offloads more than the host has carries a risk of 1."""
-    e = evaluate_memory(spec, job, cluster, c, software=target.software_on(cluster))
-    ram = cluster.host.ram_bytes if cluster.host is not None else None
-    if ram is not None and cluster.kind != "cpu" and bool((c.offload_optimizer > 0).any()):
-        need = host_bytes_a_node(
-            parameter_counts(spec).total, c, cluster.ranks_per_node, moment_bytes(job)
-        )
-        e.risk[need > ram] = 1.0
-        e.verdict[need > ram] = VERDICTS.index("no")
-    return e
-
-
-def moment_bytes(job: Job) -> float:
-    """Optimizer state a parameter beside master weights."""
-    return MOMENTS.get(job.optimizer.name, 8)
+    """Memory and its risk; what needs more of a known host than it has carries a risk of 1."""
+    return evaluate_memory(spec, job, cluster, c, software=target.software_on(cluster))
 
 
 def ranked(e: Estimates, fitting: int) -> Array:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from outlay.planner.estimate.candidates import CHECKPOINTING, OFFLOAD, Array, Candidates
+from outlay.planner.estimate.candidates import CHECKPOINTING, OFFLOAD, Candidates
 from outlay.planner.estimate.communication import link_domain
 from outlay.planner.estimate.estimator import software_for
 from outlay.planner.estimate.software import MEGATRON_CORE, Software
@@ -230,15 +230,3 @@ def _micro_batches(
         recompute_layers=inner[which, 2],
         loss=inner[which, 3],
     )
-
-
-def host_bytes_a_node(
-    parameters: int, c: Candidates, ranks_per_node: int, moment_bytes: float
-) -> Array:
-    """Host memory that offloaded states take on one node: fp32 master weights, moments and gradients of
-    each rank's share, and 16-bit weights where those are offloaded (ZeRO-Infinity, arXiv 2104.07857,
-    section 3). Pinned buffers are not in it."""
-    share = parameters / (c.dp * c.tp * c.pp * c.cp * c.sp)
-    optimizer = np.where(c.offload_optimizer == 1, (8.0 + moment_bytes) * share, 0.0)
-    weights = np.where(c.offload_param == 1, 2.0 * share, 0.0)
-    return np.asarray((optimizer + weights) * ranks_per_node)

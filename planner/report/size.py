@@ -64,7 +64,8 @@ def headline(a: dict[str, Any]) -> str:
         f"{job['optimizer']['name']} · {format_count(tokens)} tokens · {job['global_batch']:,} seq of "
         f"{job['seq_len']:,} a step, {job['steps']:,} steps · {looked['fitting']:,} of "
         f"{looked['strategies']:,} strategies fit, {looked['sized']:,} of {looked['points']:,} sizes of "
-        "hardware looked at (bounds rule out the rest) · 90 % intervals in ( )"
+        "hardware looked at (bounds rule out the rest) · in ( ): "
+        "memory 90 %; time and money with every assumption at its end, wider than 90 %"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from outlay.planner.estimate.compute import model_flops_per_token
 from outlay.planner.estimate.parameters import parameter_counts
 from outlay.planner.nearest import nearest
+from outlay.planner.project_cost import STALE_DAYS
 from outlay.planner.reasons import gains, limited_by
 from outlay.planner.size.choose import (
     Found,
@@ -34,7 +35,6 @@ from outlay.profiles.errors import NotFeasible, UsageError
 from outlay.profiles.units import format_seconds, format_usd
 
 MOST_SHOWN = 6
-STALE_DAYS = 90
 
 
 @dataclass(frozen=True, kw_only=True)

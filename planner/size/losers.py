@@ -6,13 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from outlay.planner.estimate.candidates import Candidates
+from outlay.planner.estimate.estimator import evaluate_memory, host_of
 from outlay.planner.estimate.interval import TIGHT_RISK
-from outlay.planner.estimate.parameters import parameter_counts
-from outlay.planner.search import moment_bytes
 from outlay.planner.size.choose import Found, Limits, Option, weight
 from outlay.planner.size.engine import Ask, Point, Sizer, Timed, TooSmall
 from outlay.planner.size.money import totals
-from outlay.planner.space import TARGETS, host_bytes_a_node
+from outlay.planner.space import TARGETS
 from outlay.profiles.units import GIB, format_bytes, format_seconds, format_usd
 
 MEMORY_PARTS = 2
@@ -197,10 +196,10 @@ def nearest_change(ask: Ask, p: Point, s: TooSmall) -> str | None:
             continue
         label = f"{text}: {found.strategy.label()}, {found.device_bytes / GIB:.3g} GiB"
         if found.strategy.offload_optimizer != "none":
-            need = host_bytes_a_node(
-                parameter_counts(ask.spec).total, Candidates.of([found.strategy]),
-                p.cluster.ranks_per_node, moment_bytes(job),
-            )  # fmt: skip
+            software = other.target.software_on(p.cluster)
+            one = Candidates.of([found.strategy])
+            e = evaluate_memory(ask.spec, job, p.cluster, one, software=software)
+            need = host_of(ask.spec, job, p.cluster, one, e.memory, software, e.figures).total
             label += f", host RAM ≥ {format_bytes(float(need[0]))} a node"
             ram = p.offers[0].ram_bytes
             if ram is not None and ram < float(need[0]):

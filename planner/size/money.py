@@ -6,15 +6,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from outlay.planner.cost import Range
 from outlay.planner.project_cost import (
-    Assumption,
     CostAssumptions,
     Terms,
+    as_asked,
     lost_fraction,
     project_cost,
+    usual,
 )
 from outlay.planner.size.engine import Timed
 from outlay.planner.size.offers import Offer
@@ -23,14 +25,10 @@ from outlay.profiles.offers import carbon_intensities
 
 MOST_LOST = 0.9
 """A machine that is taken away so often that less than a tenth of the time is work is no option."""
-MINIMUM_H = 1.0
-"""Billed at least: the usual hour."""
 INCLUDED = (
     "set-up and download", "evaluation and saves", "failures and spot preemptions", "hourly minimum",
 )  # fmt: skip
 NOT_INCLUDED = ("storage", "egress", "tax", "attempts that fail for other reasons")
-_DEFAULT = CostAssumptions()
-_EXPECTED = {name: a.expected for name, a in vars(_DEFAULT).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +46,17 @@ class Total:
     accelerator_hours: float
 
 
+@cache
+def _expected() -> dict[str, float]:
+    return {name: a.expected for name, a in vars(usual()).items()}
+
+
 def assumptions_of(job: Job) -> CostAssumptions:
     """The defaults, with the attempts and the pilot that the job asks for."""
 
-    def asked(value: float, flag: str) -> Assumption:
-        return Assumption(low=value, expected=value, high=value, source=flag)
-
     return dataclasses.replace(
-        _DEFAULT, attempts=asked(job.attempts, "--attempts"),
-        pilot_fraction=asked(job.pilot_fraction, "--pilot"),
+        usual(), attempts=as_asked(job.attempts, "--attempts"),
+        pilot_fraction=as_asked(job.pilot_fraction, "--pilot"),
     )  # fmt: skip
 
 
@@ -72,19 +72,20 @@ def included_in(job: Job) -> list[str]:
 def _terms(kind: str, usd_per_h: float | None, offer: Offer) -> Terms:
     price = None if usd_per_h is None else Range(low=usd_per_h, expected=usd_per_h, high=usd_per_h)
     return Terms(
-        kind=kind, price_usd_per_h=price, minimum_h=MINIMUM_H, kgco2e_per_kwh=kg_a_kwh(offer)  # type: ignore[arg-type]
+        kind=kind, price_usd_per_h=price, kgco2e_per_kwh=kg_a_kwh(offer)  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def least_hours(steps_h: float, terms: str, nodes: int, accelerators: int) -> tuple[float, float]:
     """(hours, hours billed) of a project whose steps take no less than `steps_h`, at expected figures."""
     bare = Terms(kind=terms, price_usd_per_h=None)  # type: ignore[arg-type]
-    lost = float(lost_fraction(bare, nodes, accelerators, _EXPECTED))
+    taken = _expected()
+    lost = float(lost_fraction(bare, nodes, accelerators, taken))
     if lost > MOST_LOST:
         return math.inf, math.inf
-    work = steps_h * (1.0 + _EXPECTED["evaluation_fraction"]) / (1.0 - lost)
-    hours = _EXPECTED["setup_h"] + work
-    return hours, max(hours, MINIMUM_H)
+    work = steps_h * (1.0 + taken["evaluation_fraction"]) / (1.0 - lost)
+    hours = taken["setup_h"] + work
+    return hours, max(hours, taken["minimum_h"])
 
 
 def kg_a_kwh(offer: Offer) -> float | None:
@@ -113,7 +114,7 @@ def totals(
         )  # fmt: skip
         if not math.isfinite(float(cost.wall_s.high)):
             continue
-        if float(lost_fraction(terms, nodes, ranks, _EXPECTED)) > MOST_LOST:
+        if float(lost_fraction(terms, nodes, ranks, _expected())) > MOST_LOST:
             continue
         hours = {k: float(v) / 3600.0 for k, v in dataclasses.asdict(cost.wall_s).items()}
         rows.append(
@@ -158,7 +159,7 @@ def changes_most(timed: Timed, offer: Offer, nodes: int, terms: str) -> list[dic
     rows = [_change("step time", "step time within its 90 % interval", ends, now)]
     taken = assumptions_of(timed.job)
     for name, a in vars(taken).items():
-        fixed = [Assumption(low=v, expected=v, high=v, source=a.source) for v in (a.low, a.high)]
+        fixed = [as_asked(v, a.source) for v in (a.low, a.high)]
         ends = [usd(timed, dataclasses.replace(taken, **{name: f})) for f in fixed]
         words = name.replace("_", " ")
         rows.append(

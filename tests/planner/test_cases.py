@@ -116,3 +116,11 @@ def test_layers_follow_from_the_size_and_the_pipeline() -> None:
 def test_a_row_without_sizes_must_name_a_preset() -> None:
     with pytest.raises(UsageError, match="no preset"):
         express(LLAMA | {"hidden": "", "model": "nobody-knows"})
+
+
+def test_the_predictions_never_replace_the_cases(tmp_path: Path) -> None:
+    path = tmp_path / "cases.csv"
+    path.write_text("id,model,gpu,gpus\n1,gpt2,h100-sxm,1\n")
+    with pytest.raises(UsageError, match="is the file of the cases"):
+        predict_file(path, tmp_path / "." / "cases.csv")
+    assert path.read_text().startswith("id,model")

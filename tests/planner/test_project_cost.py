@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from outlay.planner.cost import Range
 from outlay.planner.project_cost import (
     Assumption,
-    CostAssumptions,
     Terms,
+    as_asked,
     price_age_mark,
     project_cost,
+    usual,
 )
 from outlay.profiles.errors import UsageError
 
@@ -30,13 +31,15 @@ def flat(usd: float) -> Range:
 def test_by_hand() -> None:
     zero = Assumption(low=0, expected=0, high=0, source="test")
     one = Assumption(low=1, expected=1, high=1, source="test")
-    a = CostAssumptions(
+    a = dataclasses.replace(
+        usual(),
         setup_h=one,
         evaluation_fraction=zero,
         save_s=zero,
         restart_h=zero,
         pue=one,
         tdp_fraction=one,
+        minimum_h=zero,
     )
     terms = Terms(kind="on_demand", price_usd_per_h=flat(20), kgco2e_per_kwh=0.5)
     got = project_cost(terms, flat(3.6e4), accelerators=8, nodes=1, tdp_w=700, assumptions=a)
@@ -62,7 +65,7 @@ def test_a_higher_price_is_never_cheaper_and_ends_are_ordered(usd: float, factor
 
 def test_spot_that_is_never_taken_costs_its_ratio_of_the_price() -> None:
     never = Assumption(low=0, expected=0, high=0, source="test")
-    a = dataclasses.replace(CostAssumptions(), spot_preemptions_node_day=never)
+    a = dataclasses.replace(usual(), spot_preemptions_node_day=never)
     spot, demand = (
         project_cost(
             Terms(kind=k, price_usd_per_h=flat(p)), STEPS, accelerators=8, nodes=1, tdp_w=None, assumptions=a
@@ -74,10 +77,11 @@ def test_spot_that_is_never_taken_costs_its_ratio_of_the_price() -> None:
 
 
 def test_arrays_minimum_and_unknown() -> None:
-    terms = Terms(kind="on_demand", price_usd_per_h=flat(2), minimum_h=1000)
+    terms = Terms(kind="on_demand", price_usd_per_h=flat(2))
+    long = dataclasses.replace(usual(), minimum_h=as_asked(1000, "test"))
     got = project_cost(
-        terms, STEPS, accelerators=np.array([8, 16]), nodes=np.array([1, 2]), tdp_w=None
-    )
+        terms, STEPS, accelerators=np.array([8, 16]), nodes=np.array([1, 2]), tdp_w=None, assumptions=long
+    )  # fmt: skip
     assert got.cost_usd is not None
     assert np.allclose(got.cost_usd.expected, [2000, 2000])
     assert got.energy_kwh is None and got.co2e_kg is None

@@ -36,6 +36,7 @@ BROKEN = {
     "expert_parallel_divides": {"ep": 2},
     "offload_param_needs_stage_3": {"offload_param": "cpu"},
     "offload_needs_zero": {"zero": 0, "offload_optimizer": "cpu"},
+    "recomputed_layers_exist": {"activation_checkpointing": "full", "recompute_layers": 999},
     "not_run_by_deepspeed": {"vpp": 2},
     "runner_does_not_yet": {"loss": "fused"},
 }
@@ -63,6 +64,10 @@ def test_each_rule_forbids_and_explains(name: str, context: Context) -> None:
 def test_rules_of_job_and_hardware(context: Context) -> None:
     fp16 = dataclasses.replace(context, job=dataclasses.replace(context.job, precision="fp16"))
     assert [r.name for r, _ in broken(FINE, fp16)] == ["precision_runs_on_cpu"]
+    bf16 = dataclasses.replace(context, job=dataclasses.replace(context.job, precision="bf16"))
+    unsplit = dataclasses.replace(FINE, zero=0, dp=1, pp=2, grad_accum=4)
+    assert [r.name for r, _ in broken(unsplit, bf16)] == ["bf16_pipeline_resumes_from_zero_1"]
+    assert broken(unsplit, context) == []
     tpu = dataclasses.replace(context.cluster.accelerator, deepspeed=False)
     elsewhere = dataclasses.replace(
         context, cluster=dataclasses.replace(context.cluster, accelerator=tpu)
@@ -104,7 +109,7 @@ def test_every_rule_is_tested_and_has_evidence() -> None:
     of_job_and_hardware = {
         "precision_runs_on_cpu", "deepspeed_runs_there", "sequence_fits_positions",
         "flash_needs_gpu", "runner_trains_causal_models", "runner_pipelines_its_families",
-        "runner_trains_all_weights", "runner_trains_packed_text",
+        "runner_trains_all_weights", "runner_trains_packed_text", "bf16_pipeline_resumes_from_zero_1",
     }  # fmt: skip
     tested = {*BROKEN, *of_job_and_hardware}
     assert set(names) == tested
