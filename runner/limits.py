@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from outlay.planner.project_cost import CostAssumptions
+from outlay.planner.project_cost import usual
 from outlay.planner.spec.job import Budget
 from outlay.profiles.errors import UnknownName, UsageError
 from outlay.runner.control import Policy
@@ -65,7 +65,7 @@ class Limits:
         """(PUE, where it is from)."""
         if self.pue is not None:
             return self.pue, "--pue"
-        assumed = CostAssumptions().pue
+        assumed = usual().pue
         return assumed.expected, f"assumed ({assumed.source})"
 
 
