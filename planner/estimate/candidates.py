@@ -55,8 +55,8 @@ class Candidates:
     def __len__(self) -> int:
         return int(self.zero.shape[0])
 
-    def take(self, index: Array) -> Candidates:
-        """The candidates that a mask or an index array selects."""
+    def take(self, index: Array | slice) -> Candidates:
+        """The candidates that a mask, an index array or a slice selects."""
         return Candidates(
             **{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)}
         )

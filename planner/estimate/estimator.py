@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from outlay.planner.cost import run_cost
+from outlay.planner.cost import ranged, run_cost
 from outlay.planner.estimate.advice import changes
 from outlay.planner.estimate.buckets import reduce_buckets
 from outlay.planner.estimate.candidates import Array, Candidates
@@ -66,27 +66,15 @@ class Estimates:
 
     def take(self, index: Array) -> Estimates:
         """The estimates that a mask or an index array selects; memory parts included."""
-        m, s = self.memory, self.step
-        memory = Memory(
-            parts={k: v[index] for k, v in m.parts.items()},
-            allocated=m.allocated[index],
-            device=m.device[index],
-            least=m.least[index],
-            peak_phase=m.peak_phase[index],
-            peak_position=m.peak_position[index],
-            by_position=m.by_position[:, index],
-            by_phase=m.by_phase[:, index],
-            each_phase=m.each_phase[:, index],
-        )
-        step = s and Step(parts={k: v[index] for k, v in s.parts.items()}, time_s=s.time_s[index])
+        s = self.step
         return Estimates(
             candidates=self.candidates.take(index),
-            memory=memory,
+            memory=self.memory.take(index),
             memory_low=self.memory_low[index],
             memory_high=self.memory_high[index],
             risk=self.risk[index],
             verdict=self.verdict[index],
-            step=step,
+            step=s and s.take(index),
             step_low=None if self.step_low is None else self.step_low[index],
             step_high=None if self.step_high is None else self.step_high[index],
             figures=self.figures,
@@ -284,18 +272,25 @@ def _throughput(
     }
 
 
+RUN_KEYS = (
+    "time_s", "gpu_hours", "energy_kwh", "energy_low_kwh", "energy_high_kwh", "co2e_kg", "co2e_low_kg",
+    "co2e_high_kg", "region", "cost_usd",
+)  # fmt: skip
+
+
 def _run_dict(job: Job, cluster: Cluster, e: Estimates, i: int) -> dict[str, Any]:
     base: dict[str, Any] = {"steps": job.steps, "tokens": job.tokens}
     if e.step is None or e.step_low is None or e.step_high is None:
-        return base | dict.fromkeys(("time_s", "gpu_hours", "energy_kwh", "co2e_kg", "cost_usd"))
+        return base | dict.fromkeys(RUN_KEYS)
     cost = run_cost(
-        cluster, float(e.step_low[i]), float(e.step.time_s[i]), float(e.step_high[i]), job.steps
+        cluster, float(e.step_low[i]), float(e.step.time_s[i]), float(e.step_high[i]), job
     )
     return base | {
         "time_s": cost.time_s.expected,
         "gpu_hours": cost.gpu_hours,
-        "energy_kwh": cost.energy_kwh,
-        "co2e_kg": None,
+        **ranged("energy", "kwh", cost.energy_kwh),
+        **ranged("co2e", "kg", cost.co2e_kg),
+        "region": cost.region,
         "cost_usd": plain(cost.cost_usd),
     }
 

@@ -8,8 +8,8 @@ heaviest middle and last stage; the peak is the largest of the three.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,16 +22,23 @@ from outlay.planner.estimate.activations import (
 )
 from outlay.planner.estimate.candidates import LOSS, Array, Candidates
 from outlay.planner.estimate.parameters import largest_matrix, parameter_counts
+from outlay.planner.estimate.peak import PARTS as PARTS
+from outlay.planner.estimate.peak import POSITIONS as POSITIONS
+from outlay.planner.estimate.peak import Memory as Memory
+from outlay.planner.estimate.peak import Sides, peak_of, runtime_bytes
 from outlay.planner.estimate.phases import (
     PHASES as PHASES,
 )
 from outlay.planner.estimate.phases import (
     Alive,
     WholeRun,
-    evaluation,
+    Working,
+    evaluation_states,
+    evaluation_working,
     loading,
     saving,
-    step_phases,
+    step_states,
+    step_working,
 )
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, heaviest_block, stage_loads
@@ -42,60 +49,20 @@ from outlay.planner.estimate.states import (
     state_bytes,
     width_of,
 )
+from outlay.planner.estimate.tables import distinct
 from outlay.planner.spec.job import Finetune, Job
 from outlay.planner.spec.model import ModelSpec
 
-PARTS = (
-    "parameters",
-    "gradients",
-    "optimizer_states",
-    "activations",
-    "logits",
-    "communication_buffers",
-    "workspace",
-    "runtime",
-    "fragmentation",
-)
-POSITIONS = ("first", "middle", "last")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Arrays of n candidates, in bytes; parts are those alive at the peak and sum to the total."""
-
-    parts: dict[str, Array]
-    allocated: Array
-    """What torch allocates at the peak."""
-    device: Array
-    """With fragmentation and what torch does not count (runtime)."""
-    peak_phase: Array
-    """Index into PHASES."""
-    peak_position: Array
-    """Index into POSITIONS."""
-    by_position: Array
-    """[3, n] device bytes."""
-    by_phase: Array
-    """[phases, n] device bytes at the position of the peak: of a step's phases, or of all PHASES."""
-    each_phase: Array
-    """[phases, n] the same, each phase at the position where it is largest."""
-
-    least: Array
-    """Device bytes below which it cannot run: before it fails, torch's allocator gives back what it
-    only keeps cached, so less than the usual fragmentation remains."""
-
-    def in_kind(self, kind: str) -> Array:
-        """The peak as a measurement of that `memory_kind` would show it; device bytes by default."""
-        runtime, waste = self.parts["runtime"], self.parts["fragmentation"]
-        whole: Array
-        if kind.startswith("allocated") or kind in ("active", "host_growth"):
-            whole = self.allocated
-        elif kind == "reserved":
-            whole = self.allocated + waste
-        else:
-            return self.device
-        if kind.endswith("_last_rank"):
-            whole = (self.by_position[2] - runtime) * (whole / (self.allocated + waste))
-        return whole
+_LAYOUT = (
+    "zero", "dp", "tp", "pp", "cp", "sp", "ep", "offload_optimizer", "offload_param", "overlap_comm",
+    "reduce_bucket_size",
+)  # fmt: skip
+"""With whether gradients accumulate, what the weights' side depends on."""
+_BATCH = (
+    "tp", "pp", "vpp", "cp", "sp", "micro_batch", "activation_checkpointing", "recompute_layers",
+    "sequence_parallel", "loss",
+)  # fmt: skip
+"""With the number of micro-batches while a pipeline is not full, what the batch's side depends on."""
 
 
 def in_flight(c: Candidates) -> Array:
@@ -111,6 +78,11 @@ def in_flight(c: Candidates) -> Array:
     chunks = np.minimum(2 * (c.pp - rank - 1) + (c.vpp - 1) * c.pp + 1, c.grad_accum * c.vpp)
     alive: Array = np.where((c.vpp > 1) & (c.pp > 1), chunks / c.vpp, plain)
     return alive
+
+
+def _moves_checkpoints(software: Software) -> bool:
+    """Whether that software moves checkpointed activations to the host at stage 3."""
+    return software.family == "megatron" and software.gradient_bytes is None
 
 
 def _length(spec: ModelSpec, job: Job, stack: str) -> int:
@@ -137,7 +109,7 @@ def _per_block(
         selective = np.minimum(selective, whole)
     # Megatron-DeepSpeed's ZeRO-3 scripts move the checkpoints to the host: on V100s with 32 GB they ran
     # with 16 and more sequences a rank, whose block inputs alone would not fit.
-    on_host = (c.zero == 3) & (software.family == "megatron") & (software.gradient_bytes is None)
+    on_host = (c.zero == 3) & _moves_checkpoints(software)
     full = np.where(on_host, 0.0, np.minimum(tokens * s.block_input / shared, whole))
     mode = c.activation_checkpointing
     kept = np.where(mode == 2, full, np.where(mode == 1, selective, whole))
@@ -260,6 +232,16 @@ def adapter_parameters(spec: ModelSpec, finetune: Finetune) -> float:
     return float(total)
 
 
+def execution_of(job: Job, software: Software) -> Execution:
+    """How the blocks run under that software."""
+    width = width_of(job.precision)
+    return Execution(
+        width=width, kernels=software.kernels, attention=job.attention,
+        mask_bytes=software.mask_bytes or width, finetune=job.finetune,
+        quant_saves_input=software.quant_saves_input,
+    )  # fmt: skip
+
+
 def estimate_memory(
     spec: ModelSpec,
     job: Job,
@@ -277,92 +259,72 @@ def estimate_memory(
     `memory.runtime_bytes` (context, libraries), `memory.runtime_bytes_per_group` (a communicator),
     `memory.fragmentation_fraction` of the allocated peak and `memory.expert_imbalance`.
     """
+    if software.family != "deepspeed":
+        run = None
+    accumulates = (c.grad_accum > 1).astype(np.int64)
+    first, layout = distinct(c, _LAYOUT, accumulates)
+    one = c.take(first)
+    # 1F1B warms up at most 3·pp micro-batches' worth (`in_flight`): more of them change nothing.
+    few = np.minimum(c.grad_accum, 3 * c.pp)
+    more = (few, (c.zero == 3).astype(np.int64)) if _moves_checkpoints(software) else (few,)
+    example, batch = distinct(c, _BATCH, *more)
+    sides = Sides(
+        states=_states_side(spec, job, one, bucket[first], figures, software, run),
+        working=_batch_side(spec, job, c.take(example), figures, software, run),
+        exists=stage_loads(spec, job.seq_len, one.pp, uniform=software.uniform_stages).exists,
+        runtime=runtime_bytes(one, figures),
+        fragmentation=figures["memory.fragmentation_fraction"],
+        least_fragmentation=figures["memory.fragmentation_least_fraction"],
+    )
+    if len(sides.working) < len(sides.states):
+        filler = (None,) * (len(sides.states) - len(sides.working))
+        sides = dataclasses.replace(sides, working=sides.working + filler)
+    return peak_of(sides, layout, batch)
+
+
+def _states_side(
+    spec: ModelSpec, job: Job, c: Candidates, bucket: Array, figures: Mapping[str, float],
+    software: Software, run: WholeRun | None,
+) -> tuple[Alive, ...]:  # fmt: skip
+    """What the weights' side has alive in each phase, for each layout."""
     loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
     width = width_of(job.precision)
-    ex = Execution(
-        width=width, kernels=software.kernels, attention=job.attention,
-        mask_bytes=software.mask_bytes or width, finetune=job.finetune,
-        quant_saves_input=software.quant_saves_input,
-    )  # fmt: skip
     held = held_weights(spec, job, c, loads, software)
     states = state_bytes(
-        held,
-        c,
-        software=software, precision=job.precision, optimizer=optimizer_key(job), bucket=bucket,
+        held, c, software=software, precision=job.precision, optimizer=optimizer_key(job), bucket=bucket
     )  # fmt: skip
-    activations = _activations(
-        spec, job, c, loads, ex, software, figures["memory.expert_imbalance"]
-    )
-    logits = _logits(spec, job, c, loads, width, software)
     head_grad = held.trainable * width * float(spec.vocab * spec.hidden) / c.tp * loads.has_head
     work = figures["memory.workspace_bytes"]
     if held.frozen_bytes is not None:
         work = work + width * held.largest_tensor
-    at_work = np.full(logits.shape, work)
+    at_work = np.full((3, len(c)), work)
     table = parameter_counts(spec).embedding - spec.vocab * spec.hidden * spec.tie_embeddings
     # ... of that block, all but the last projection's, whose gradient is made first
     down = spec.hidden * max(b.mlp.ffn * max(1, b.mlp.experts) for b in spec.blocks) / c.tp
     late = np.maximum(loads.has_embedding * table / c.tp + held.block - down, 0.0)
-    late_grad = held.trainable * width * late
-    phases = step_phases(c, states, activations, logits, head_grad, late_grad, at_work)
-    if run is not None and software.family == "deepspeed":
-        whole = float(parameter_counts(spec).total)
-        phases += (
-            loading(held, c, states, bucket, width, run),
-            evaluation(spec, job, c, states, ex, loads.has_head, at_work),
-            saving(held, c, states, whole, width, run),
-        )
-    return _peak(c, loads, phases, figures)
-
-
-def _peak(
-    c: Candidates,
-    loads: StageLoads,
-    phases: tuple[Alive, ...],
-    figures: Mapping[str, float],
-) -> Memory:
-    """The largest phase on the heaviest position, with what torch does not count on top."""
-    totals = np.stack([p.total for p in phases])
-    totals = np.where(loads.exists, totals, 0.0)
-    n = np.arange(len(c))
-    flat = totals.max(axis=0)
-    position = flat.argmax(axis=0)
-    phase = totals[:, position, n].argmax(axis=0)
-    allocated = totals[phase, position, n]
-
-    world = c.dp * c.tp * c.pp * c.cp * c.sp
-    groups = sum((n > 1).astype(float) for n in (world, c.dp, c.tp, c.pp, c.cp, c.sp, c.ep))
-    runtime = figures["memory.runtime_bytes"] + groups * figures["memory.runtime_bytes_per_group"]
-    waste = figures["memory.fragmentation_fraction"]
-
-    def alive(name: str) -> Array:
-        chosen = np.zeros(len(c))
-        for k, one in enumerate(phases):
-            part = getattr(one, name)
-            if part is not None:
-                chosen = np.where(phase == k, part[position, n], chosen)
-        return chosen
-
-    parts = {
-        "parameters": alive("parameters"),
-        "gradients": alive("gradients"),
-        "optimizer_states": alive("optimizer_states"),
-        "activations": alive("activations"),
-        "logits": alive("logits"),
-        "communication_buffers": alive("communication"),
-        "workspace": alive("workspace"),
-        "runtime": np.broadcast_to(runtime, allocated.shape),
-        "fragmentation": waste * allocated,
-    }
-    overhead = (1 + waste, runtime)
-    return Memory(
-        parts=parts,
-        allocated=allocated,
-        device=allocated * overhead[0] + overhead[1],
-        least=allocated * (1 + figures["memory.fragmentation_least_fraction"]) + runtime,
-        peak_phase=phase,
-        peak_position=position,
-        by_position=np.where(loads.exists, flat * overhead[0] + overhead[1], 0.0),
-        by_phase=totals[:, position, n] * overhead[0] + overhead[1],
-        each_phase=totals.max(axis=1) * overhead[0] + overhead[1],
+    phases = step_states(c, states, head_grad, held.trainable * width * late, at_work)
+    if run is None:
+        return phases
+    whole = float(parameter_counts(spec).total)
+    return (
+        *phases,
+        loading(held, c, states, bucket, width, run),
+        evaluation_states(states, at_work),
+        saving(held, c, states, whole, width, run),
     )
+
+
+def _batch_side(
+    spec: ModelSpec, job: Job, c: Candidates, figures: Mapping[str, float], software: Software,
+    run: WholeRun | None,
+) -> tuple[Working | None, ...]:  # fmt: skip
+    """What the batch's side has alive in each phase, for each micro-batch."""
+    loads = stage_loads(spec, job.seq_len, c.pp, uniform=software.uniform_stages)
+    ex = execution_of(job, software)
+    imbalance = figures["memory.expert_imbalance"]
+    activations = _activations(spec, job, c, loads, ex, software, imbalance)
+    logits = _logits(spec, job, c, loads, ex.width, software)
+    phases = step_working(activations, logits)
+    if run is None:
+        return phases
+    return (*phases, None, evaluation_working(spec, job, c, ex, loads.has_head), None)

@@ -1,5 +1,8 @@
 """What is alive on a rank's device in each phase of a run: those of a step, and loading, evaluation, saving.
 
+Two sides that add up: the weights' (`Alive`, which the layout of the ranks decides) and the batch's
+(`Working`, which the micro-batch decides).
+
 Loading, evaluation and saving are those of `outlay run` under DeepSpeed 0.19.8 (`runner/engine.py`,
 `runner/export.py`; DeepSpeed's `runtime/zero/`, `runtime/fp16/fused_optimizer.py`). Of other software
 they are unknown. Arrays are [3, n] (pipeline position × candidate), bytes.
@@ -33,27 +36,35 @@ class WholeRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Alive:
-    """What is alive in one phase; arrays [3, n], null = nothing."""
+    """What the weights' side has alive in one phase; arrays [3, n], null = nothing."""
 
     fixed: Array
     """parameters + optimizer_states, which most phases share."""
     parameters: Array
     optimizer_states: Array
     gradients: Array | None = None
-    activations: Array | None = None
-    logits: Array | None = None
     communication: Array | None = None
     workspace: Array | None = None
 
     @property
     def total(self) -> Array:
         whole = self.fixed
-        for part in (
-            self.gradients, self.activations, self.logits, self.communication, self.workspace
-        ):  # fmt: skip
+        for part in (self.gradients, self.communication, self.workspace):
             if part is not None:
                 whole = whole + part
         return whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Working:
+    """What the batch's side has alive in one phase; arrays [3, n], null = nothing."""
+
+    activations: Array
+    logits: Array | None = None
+
+    @property
+    def total(self) -> Array:
+        return self.activations if self.logits is None else self.activations + self.logits
 
 
 def _fixed(states: States) -> dict[str, Array]:
@@ -64,18 +75,11 @@ def _fixed(states: States) -> dict[str, Array]:
     }
 
 
-def step_phases(
-    c: Candidates,
-    states: States,
-    activations: tuple[Array, Array, Array],
-    logits: Array,
-    head_grad: Array,
-    late_grad: Array,
-    work: Array,
+def step_states(
+    c: Candidates, states: States, head_grad: Array, late_grad: Array, work: Array
 ) -> tuple[Alive, ...]:
     """At the loss, in the first and the last block's backward, in the optimizer step; then the load
     where it is measured as a part of the step's peak (FSDP with adapters)."""
-    saved, live, last = activations
     again = np.where(c.grad_accum > 1, states.gradients_held, states.gradients_always)
     # Whole gradients of one micro-batch appear one by one: the first block's and the table's come last.
     late = np.where((c.zero <= 1) & (c.grad_accum == 1), late_grad, 0.0)
@@ -83,11 +87,11 @@ def step_phases(
     fixed = _fixed(states)
     gathered = states.gathered + work
     phases = (
-        Alive(**fixed, gradients=again, activations=saved, logits=logits,
-              communication=states.communication_always, workspace=gathered),
+        Alive(**fixed, gradients=again, communication=states.communication_always,
+              workspace=gathered),
         Alive(**fixed, gradients=np.maximum(again, np.minimum(states.gradients_held, head_grad)),
-              activations=saved + live, communication=states.communication, workspace=gathered),
-        Alive(**fixed, gradients=complete + states.gradients_new, activations=last,
+              communication=states.communication, workspace=gathered),
+        Alive(**fixed, gradients=complete + states.gradients_new,
               communication=states.communication, workspace=gathered),
         Alive(**fixed, gradients=states.gradients_held, workspace=states.step_temporary + work),
     )  # fmt: skip
@@ -95,6 +99,19 @@ def step_phases(
         return phases
     load = np.maximum(states.load - fixed["fixed"], 0.0)
     return (*phases, Alive(**fixed, workspace=load))
+
+
+def step_working(
+    activations: tuple[Array, Array, Array], logits: Array
+) -> tuple[Working | None, ...]:
+    """Of the same phases."""
+    saved, live, last = activations
+    return (
+        Working(activations=saved, logits=logits),
+        Working(activations=saved + live),
+        Working(activations=last),
+        None,
+    )
 
 
 def loading(
@@ -129,16 +146,16 @@ def loading(
                  workspace=whole - weights - masters)  # fmt: skip
 
 
-def evaluation(
-    spec: ModelSpec,
-    job: Job,
-    c: Candidates,
-    states: States,
-    ex: Execution,
-    has_head: Array,
-    work: Array,
-) -> Alive:
-    """One forward pass without gradients at the step's micro-batch, beside all states.
+def evaluation_states(states: States, work: Array) -> Alive:
+    """All states beside one forward pass without gradients."""
+    return Alive(**_fixed(states), gradients=states.gradients_always,
+                 communication=states.communication_always, workspace=states.gathered + work)  # fmt: skip
+
+
+def evaluation_working(
+    spec: ModelSpec, job: Job, c: Candidates, ex: Execution, has_head: Array
+) -> Working:
+    """One forward pass without gradients at the step's micro-batch.
 
     A block at work holds its input, the normed one, and the larger of attention's and the MLP's
     intermediates; nothing of it stays. The loss: logits, their fp32 copy and its log-softmax.
@@ -158,12 +175,10 @@ def evaluation(
     head = has_head * a_token * tokens / c.tp
     stream = tokens * spec.hidden * ex.width / shared * np.where(c.pp > 1, 2.0, 1.0)
     # The loss comes when no block is at work: only the larger of the two is alive.
-    return Alive(
-        **_fixed(states), gradients=states.gradients_always,
-        communication=states.communication_always,
+    return Working(
         activations=stream + np.where(head > block, 0.0, block),
-        logits=np.where(head > block, head, 0.0), workspace=states.gathered + work,
-    )  # fmt: skip
+        logits=np.where(head > block, head, 0.0),
+    )
 
 
 def saving(

@@ -8,8 +8,10 @@ distinct shape.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -47,24 +49,40 @@ PARTS = (
 )
 
 NVME = OFFLOAD.index("nvme")
+_CHUNK = 1 << 14
+"""Candidates a pass: the arrays of one pass stay in the cache."""
 _LAYOUT = ("tp", "pp", "cp", "sp", "ep", "dp", "zero")
-_SHAPE = ("vpp", "micro_batch", "activation_checkpointing", "recompute_layers", "sequence_parallel")
-"""With the layout, what a micro-batch depends on."""
+_SHAPE = (
+    "tp", "pp", "vpp", "cp", "sp", "ep", "micro_batch", "activation_checkpointing", "recompute_layers",
+    "sequence_parallel",
+)  # fmt: skip
+"""What a micro-batch depends on, with dp where experts spread over it, and with ZeRO's kind."""
 _SHARDS = ("reduce_bucket_size", "overlap_comm", "offload_optimizer", "offload_param")
 """With the layout, what the weights' part of a step depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Arrays of n candidates, seconds."""
+    """n candidates; `parts` are worked out when they are asked for (a search reads the time alone)."""
 
-    parts: dict[str, Array]
     time_s: Array
+    rows: Array
+    """Which candidates of `whole` these are."""
+    whole: _Whole
+    factor: float = 1.0
+
+    @cached_property
+    def parts(self) -> dict[str, Array]:
+        """Seconds [n] by PARTS; they sum to `time_s`."""
+        return {k: v * self.factor for k, v in self.whole.parts(self.rows).items()}
+
+    def take(self, index: Array) -> Step:
+        """Of the candidates that a mask or an index array selects."""
+        return dataclasses.replace(self, time_s=self.time_s[index], rows=self.rows[index])
 
     def scaled(self, factor: float) -> Step:
         """Every part times the same."""
-        parts = {name: seconds * factor for name, seconds in self.parts.items()}
-        return Step(parts=parts, time_s=self.time_s * factor)
+        return dataclasses.replace(self, time_s=self.time_s * factor, factor=self.factor * factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +215,54 @@ def _overhead_s(
     return np.full(len(c), figures["deepspeed.step_s"]), micro
 
 
-def assemble(
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    """All candidates of one estimate: the tables of their micro-batches and of their shards."""
+
+    spec: ModelSpec
+    job: Job
+    c: Candidates
+    cluster: Cluster
+    micro: MicroBatch
+    shards: _Shards
+    of_micro: Array | None
+    """Row of each candidate in `micro`; null = its own."""
+    of_shards: Array | None
+    figures: Figures
+    software: Software
+
+    def parts(self, rows: Array | slice) -> dict[str, Array]:
+        """Seconds of these candidates by PARTS."""
+        m, s = self.micro, self.shards
+        if self.of_micro is not None and self.of_shards is not None:
+            m, s = gather(m, self.of_micro[rows]), gather(s, self.of_shards[rows])
+        elif not isinstance(rows, slice):
+            m, s = gather(m, rows), gather(s, rows)
+        c = self.c.take(rows)
+        parts = _parts(self.spec, self.job, c, self.cluster, m, s, self.figures, self.software)
+        # The slowest of many ranks sets the pace; the spread grows with how many there are.
+        late = self.figures["communication.straggler_per_doubling"] * np.log2(
+            np.maximum(c.dp * c.tp * c.pp * c.cp * c.sp, 1)
+        )
+        parts["overhead"] = parts["overhead"] + late * functools.reduce(np.add, parts.values())
+        return parts
+
+    def step(self) -> Step:
+        """Of all of them, piece by piece."""
+        n = len(self.c)
+        if self.of_micro is None:
+            return self._timed(functools.reduce(np.add, self.parts(slice(0, n)).values()))
+        time_s = np.empty(n)
+        for start in range(0, n, _CHUNK):
+            piece = slice(start, min(start + _CHUNK, n))
+            time_s[piece] = functools.reduce(np.add, self.parts(piece).values())
+        return self._timed(time_s)
+
+    def _timed(self, time_s: Array) -> Step:
+        return Step(time_s=time_s, rows=np.arange(len(self.c)), whole=self)
+
+
+def _parts(
     spec: ModelSpec,
     job: Job,
     c: Candidates,
@@ -206,7 +271,7 @@ def assemble(
     s: _Shards,
     figures: Figures,
     software: Software,
-) -> Step:
+) -> dict[str, Array]:
     """Parts of a step from those of a micro-batch and of the weights."""
     micro = c.grad_accum.astype(float)
     t = s.traffic
@@ -215,7 +280,7 @@ def assemble(
     once = exposed_s(t.last, m.backward_pass, t.overlap, figures) + t.after
     transfer = _transfer_s(spec, job, c, cluster, figures, software)
     step_overhead, micro_overhead = _overhead_s(spec, c, figures, software)
-    parts = {
+    return {
         "forward": micro * m.forward,
         "backward": micro * m.backward,
         "recompute": micro * m.recompute,
@@ -230,13 +295,6 @@ def assemble(
         "offload": s.offload_step + micro * s.offload_micro,
         "overhead": step_overhead + micro * micro_overhead,
     }
-    total = functools.reduce(np.add, parts.values())
-    # The slowest of many ranks sets the pace; the spread grows with how many there are.
-    late = figures["communication.straggler_per_doubling"] * np.log2(
-        np.maximum(c.dp * c.tp * c.pp * c.cp * c.sp, 1)
-    )
-    parts["overhead"] = parts["overhead"] + late * total
-    return Step(parts=parts, time_s=total * (1.0 + late))
 
 
 def estimate_step(
@@ -252,15 +310,21 @@ def estimate_step(
     tabled: bool = True,
 ) -> Step:
     """Seconds of a step for each candidate. `tabled` False: figures may be arrays [n] too."""
-    if not tabled:
+    of_micro = of_shards = None
+    if tabled:
+        # A pipeline's bubble depends on the number of micro-batches only while they are fewer than stages.
+        few = np.minimum(c.grad_accum, np.maximum(c.pp, 2))
+        kind = (c.zero + 1) // 2  # hooks and accumulation: none, stages 1 and 2, stage 3
+        names = (*_SHAPE, "dp") if any(b.mlp.experts for b in spec.blocks) else _SHAPE
+        shape, of_micro = distinct(c, names, kind, few)
+        m = micro_batch_s(spec, job, c.take(shape), cluster, speed, figures, software)
+        spread, of_shards = distinct(c, (*_LAYOUT, *_SHARDS))
+        s = _shards(spec, job, c.take(spread), bucket[spread], cluster, speed, figures, software)
+    else:
         m = micro_batch_s(spec, job, c, cluster, speed, figures, software, tabled=False)
         s = _shards(spec, job, c, bucket, cluster, speed, figures, software)
-        return assemble(spec, job, c, cluster, m, s, figures, software)
-    # A pipeline's bubble depends on the number of micro-batches only while they are fewer than stages.
-    _, layout = distinct(c, _LAYOUT)
-    few = np.minimum(c.grad_accum, np.maximum(c.pp, 2))
-    shape, which = distinct(c, _SHAPE, layout, few)
-    m = micro_batch_s(spec, job, c.take(shape), cluster, speed, figures, software)
-    spread, where = distinct(c, _SHARDS, layout)
-    s = _shards(spec, job, c.take(spread), bucket[spread], cluster, speed, figures, software)
-    return assemble(spec, job, c, cluster, gather(m, which), gather(s, where), figures, software)
+    whole = _Whole(
+        spec=spec, job=job, c=c, cluster=cluster, micro=m, shards=s, of_micro=of_micro,
+        of_shards=of_shards, figures=figures, software=software,
+    )  # fmt: skip
+    return whole.step()
