@@ -10,11 +10,18 @@ import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import numpy as np
 
 from outlay.planner.case_model import case_spec, count, facts_of
+from outlay.planner.case_words import (
+    attention_word,
+    checkpointing_of,
+    memory_kind_of,
+    optimizer_of,
+    precision_of,
+    quantization_of,
+)
 from outlay.planner.estimate.candidates import Candidates
 from outlay.planner.estimate.estimator import Estimates, evaluate
 from outlay.planner.estimate.interval import VERDICTS
@@ -27,7 +34,7 @@ from outlay.planner.estimate.software import (
 )
 from outlay.planner.hardware import cluster_of
 from outlay.planner.spec.cluster import Cluster
-from outlay.planner.spec.job import Finetune, Job, Optimizer
+from outlay.planner.spec.job import Finetune, Job
 from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.strategy import Checkpointing, Strategy
 from outlay.profiles.errors import FileError, OutlayError, UsageError
@@ -73,18 +80,31 @@ class Case:
     all (published runs that say nothing: 6 % median error against 13 %)."""
 
 
+def _check_header(names: list[str], path: str | Path) -> None:
+    unknown = sorted(set(names) - set(COLUMNS_IN))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if unknown or twice or "id" not in names:
+        what = f"unknown columns {unknown}" if unknown else "no column `id`"
+        what = f"columns given twice: {twice}" if twice else what
+        raise FileError(what, where=f"{path}:1", do="columns: " + ", ".join(COLUMNS_IN))
+
+
 def read_rows(path: str | Path) -> Iterator[dict[str, str]]:
-    """Rows of a cases file. Raises FileError for a file without the column `id` or with unknown ones."""
+    """Rows of a cases file. Raises FileError for a file without the column `id`, with unknown
+    or doubled ones, or that is not CSV."""
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            unknown = set(reader.fieldnames or ()) - set(COLUMNS_IN)
-            if unknown or "id" not in (reader.fieldnames or ()):
-                what = (
-                    f"unknown columns {sorted(map(str, unknown))}" if unknown else "no column `id`"
-                )
-                raise FileError(what, where=f"{path}:1", do="columns: " + ", ".join(COLUMNS_IN))
-            yield from reader
+            reader = csv.DictReader(file, strict=True)
+            _check_header(list(reader.fieldnames or ()), path)
+            for row in reader:
+                if None in row:
+                    raise FileError(
+                        f"{len(row[None])} cells more than there are columns",  # type: ignore[call-overload]
+                        where=f"{path}:{reader.line_num}", do="quote a cell that holds a comma",
+                    )  # fmt: skip
+                yield row
+    except csv.Error as error:
+        raise FileError("not a CSV file", where=str(path), why=str(error)) from None
     except OSError as error:
         raise FileError("cannot be read", where=str(path), why=str(error)) from None
     except UnicodeDecodeError as error:
@@ -109,7 +129,19 @@ def _ranks(row: Mapping[str, str]) -> tuple[int, int]:
         if gpus % (tp * pp * cp):
             raise UsageError(f"tp {tp} · pp {pp} · cp {cp} does not divide {gpus} GPUs")
         dp = gpus // (tp * pp * cp)
+    elif gpus is not None and gpus != tp * pp * cp * dp:
+        raise UsageError(
+            f"dp {dp} · tp {tp} · pp {pp} · cp {cp} = {tp * pp * cp * dp}, not gpus {gpus}"
+        )
     return gpus or tp * pp * cp * dp, dp
+
+
+def _states_layout(row: Mapping[str, str]) -> bool:
+    """Whether the row, not our defaults, says how many sequences go through the ranks at once."""
+    told = {
+        key for key in ("micro_batch", "dp", "gpus", "tp", "pp") if (row.get(key) or "").strip()
+    }
+    return "micro_batch" in told and ("dp" in told or {"gpus", "tp", "pp"} <= told)
 
 
 def _batches(row: Mapping[str, str], software: Software, dp: int, pp: int) -> tuple[int, int]:
@@ -122,7 +154,12 @@ def _batches(row: Mapping[str, str], software: Software, dp: int, pp: int) -> tu
         micro = max(1, whole // pp) if software.family == "fsdp" and pp > 1 else 1
     if batch is None and pp > 1:
         return micro, MICRO_BATCHES_A_STAGE * pp
-    return micro, max(1, round((batch or micro * dp) / (micro * dp)))
+    batch = batch or micro * dp
+    if batch % (micro * dp) and _states_layout(row):
+        raise UsageError(
+            f"micro_batch {micro} · dp {dp} = {micro * dp} does not divide global_batch {batch}"
+        )
+    return micro, max(1, round(batch / (micro * dp)))
 
 
 def _sequence_parallel(row: Mapping[str, str], software: Software, checkpointing: str) -> bool:
@@ -137,9 +174,7 @@ def _sequence_parallel(row: Mapping[str, str], software: Software, checkpointing
 def _strategy(row: Mapping[str, str], software: Software, dp: int, zero: int) -> Strategy:
     tp, pp, cp = (count(row, k, 1) or 1 for k in ("tp", "pp", "cp"))
     micro, accumulate = _batches(row, software, dp, pp)
-    word = (row.get("activation_checkpointing") or "none").strip() or "none"
-    if word not in ("none", "selective", "full"):
-        raise UsageError(f"activation_checkpointing: {word!r} is none, selective or full")
+    word = checkpointing_of(row)
     sequence = facts_of(row).get(
         "seq_parallel", str(_sequence_parallel(row, software, word)).lower()
     )
@@ -157,12 +192,16 @@ def _attention(row: Mapping[str, str], software: Software) -> str:
     """As the row says. Where it does not: flash, but in Megatron up to EAGER_SEQ_LEN tokens eager where
     the column is empty, where selective recomputation makes sense only of eager attention, or where T5
     adds relative positions to the scores, which flash attention did not take."""
-    word = (row.get("attention") or "").strip()
-    if word in ("eager", "sdpa", "flash"):
+    word = attention_word(row)
+    if word:
         return word
     seq_len = count(row, "seq_len", 2048) or 2048
     selective = (row.get("activation_checkpointing") or "").strip() == "selective"
-    older = not word or selective or (row.get("arch") or "").strip() == "t5"
+    older = (
+        not (row.get("attention") or "").strip()
+        or selective
+        or (row.get("arch") or "").strip() == "t5"
+    )
     return (
         "eager" if software.family == "megatron" and seq_len <= EAGER_SEQ_LEN and older else "flash"
     )
@@ -170,11 +209,8 @@ def _attention(row: Mapping[str, str], software: Software) -> str:
 
 def _finetune(row: Mapping[str, str]) -> Finetune | None:
     """Adapters: a LoRA rank, a method in the notes, or quantized weights, which cannot be trained."""
-    rank, quant = count(row, "lora_rank"), (row.get("quant") or "none").strip().lower()
+    rank, bits = count(row, "lora_rank"), quantization_of(row)
     method = facts_of(row).get("method", "")
-    bits = quant.removeprefix("bnb.")
-    if bits not in ("nf4", "nf4-dq", "int8"):
-        bits = "none"
     known = method if method in ("lora", "adapter", "adapter_v2") else ""
     if rank is None and not known and bits == "none":
         return None
@@ -183,12 +219,6 @@ def _finetune(row: Mapping[str, str]) -> Finetune | None:
         rank=rank or Finetune().rank,
         quant=bits,  # type: ignore[arg-type]
     )
-
-
-def _optimizer(row: Mapping[str, str]) -> Optimizer:
-    word = (row.get("optimizer") or "adamw").strip().lower().replace("-", "_")
-    known = get_args(get_type_hints(Optimizer)["name"])
-    return Optimizer(name=word if word in known else "adamw")  # type: ignore[arg-type]
 
 
 def _on_machine(machine: Cluster | None, ranks: int) -> Cluster:
@@ -206,9 +236,7 @@ def express(row: Mapping[str, str], *, machine: Cluster | None = None) -> Case:
     Raises UsageError or UnknownName where that is impossible.
     """
     row = _with_pp(row)
-    software = software_of(
-        row.get("framework") or "", attention=(row.get("attention") or "").strip()
-    )
+    software = software_of(row.get("framework") or "", attention=attention_word(row))
     if not (row.get("gpu") or "").strip():
         raise UsageError("the row names no gpu")
     a = accelerator((row["gpu"]).strip())
@@ -220,13 +248,12 @@ def express(row: Mapping[str, str], *, machine: Cluster | None = None) -> Case:
         raise UsageError(f"zero: {text!r} is none of 0, 1, 2, 3, 3-offload")
     spec = case_spec(row, software)
     strategy = _strategy(row, software, dp, zero)
-    precision = (row.get("precision") or "bf16").strip()
     seq_len = count(row, "seq_len", min(2048, spec.max_positions or 2048)) or 2048
     job = Job(
         model=spec.name, seq_len=seq_len, global_batch=strategy.global_batch, steps=1,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision_of(row),  # type: ignore[arg-type]
         attention=_attention(row, software),  # type: ignore[arg-type]
-        optimizer=_optimizer(row), finetune=_finetune(row),
+        optimizer=optimizer_of(row), finetune=_finetune(row),
         target_len=max(1, seq_len // TARGET_SHARE) if spec.encoder_decoder else None,
     )  # fmt: skip
     if a.kind == "cpu":
@@ -236,7 +263,7 @@ def express(row: Mapping[str, str], *, machine: Cluster | None = None) -> Case:
         cluster = cluster_of(a, gpus=gpus, per_node=per_node, interconnect=words)
     case = Case(
         spec=spec, job=job, cluster=cluster, strategy=strategy, software=software,
-        memory_kind=(row.get("memory_kind") or "").strip(),
+        memory_kind=memory_kind_of(row),
     )  # fmt: skip
     return _with_unstated(case, row)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -16,9 +16,6 @@ from outlay.planner.options import (
 )
 from outlay.profiles.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
-
 
 @click.command()
 @click.argument("job_file", required=False)
@@ -30,8 +27,14 @@ if TYPE_CHECKING:
     "--cases", help="CSV of many configurations; needs --out. Columns: docs/reference/formats.md."
 )
 @click.option("--out", help="Write there instead of stdout.")
+@click.pass_context
 def estimate(
-    job_file: str | None, format_: str, cases: str | None, out: str | None, **flags: Any
+    ctx: click.Context,
+    job_file: str | None,
+    format_: str,
+    cases: str | None,
+    out: str | None,
+    **flags: Any,
 ) -> None:
     """Memory, time and cost of one strategy, each with its interval.
 
@@ -39,6 +42,7 @@ def estimate(
     With --cases, one prediction a row of a CSV file.
     """
     if cases is not None:
+        _alone(ctx)
         _estimate_cases(cases, out)
         return
     from outlay.planner.estimate.candidates import Candidates
@@ -77,6 +81,21 @@ def estimate(
     emit_text(capture.get(), out)
 
 
+def _alone(ctx: click.Context) -> None:
+    """Raises UsageError for options beside --cases: they would be ignored, each row says all."""
+    typed = click.core.ParameterSource.COMMANDLINE
+    others = [
+        p.opts[0]
+        for p in ctx.command.params
+        if p.name not in ("cases", "out") and ctx.get_parameter_source(str(p.name)) is typed
+    ]
+    if others:
+        raise UsageError(
+            f"{', '.join(others)} beside --cases", why="each row of the file says all of itself",
+            do="put it in the file's columns, or leave it out",
+        )  # fmt: skip
+
+
 def _estimate_cases(cases: str, out: str | None) -> None:
     from outlay.planner.cases import predict_file
 
@@ -98,6 +117,13 @@ def _one_strategy(q: Question, given: dict[str, Any]) -> tuple[Any, list[dict[st
                 f"tp·pp·cp·sp = {model_parallel} does not divide {q.cluster.ranks} ranks"
             )
         base = Strategy(**(given | {"dp": q.cluster.ranks // model_parallel}))
+    if base.recompute_layers is not None and base.activation_checkpointing != "full":
+        raise UsageError(
+            f"--recompute-layers {base.recompute_layers} with activation_checkpointing "
+            f"{base.activation_checkpointing}",
+            why="it counts the layers that full checkpointing recomputes",
+            do="add --activation-checkpointing full",
+        )
     per_pass = base.micro_batch * base.dp
     if q.job.global_batch % per_pass:
         raise UsageError(

@@ -7,6 +7,7 @@ import numpy as np
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.parameters import largest_matrix, parameter_counts
 from outlay.planner.spec.model import ModelSpec
+from outlay.planner.spec.strategy import Strategy
 
 _MAX_BUCKET = 200_000_000
 """Elements. 0.4 GB in bf16: at the bandwidths of the catalog's links a reduction of that size is
@@ -55,3 +56,23 @@ def max_live_parameters(bucket: Array | int) -> Array:
     backward; at most 5e8 (1 GB in bf16) unless one bucket is larger."""
     live = np.minimum(4 * np.asarray(bucket), _LIVE)
     return np.asarray(np.maximum(live, np.maximum(bucket, 1_000_000)))
+
+
+_SWAP_GROUPS = 16
+"""Into about how many sub-groups a rank's states on NVMe are cut: four buffers of one are pinned, so
+a quarter of the states at most stays in memory, and a group is still read in few large pieces."""
+
+
+def largest_share(spec: ModelSpec, c: Candidates | Strategy) -> Array | int:
+    """Elements of the largest tensor that one rank holds at stage 3: what a buffer for weights on NVMe
+    must hold (`partitioned_param_swapper.py`, `elements_per_buffer`)."""
+    return -(-largest_matrix(spec) // (c.tp * c.dp * c.sp))
+
+
+def swap_group_size(spec: ModelSpec, c: Candidates | Strategy) -> Array | int:
+    """Stage 3's `sub_group_size` in elements where the states are on NVMe. A group is closed by the
+    tensor that reaches this size, so it is at most that tensor larger (`stage3.py`,
+    `_create_fp16_sub_groups`)."""
+    share = parameter_counts(spec).total // (c.tp * c.dp * c.sp)
+    sized = np.maximum(largest_share(spec, c), share // _SWAP_GROUPS)
+    return np.asarray(np.minimum(sized, SUB_GROUP))

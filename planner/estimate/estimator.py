@@ -337,6 +337,19 @@ def _changes(
     )
 
 
+def _tight(cluster: Cluster, e: Estimates, i: int) -> list[dict[str, Any]]:
+    """Why a footprint near or above what is usable may still run: said where the verdict is tight."""
+    if VERDICTS[int(e.verdict[i])] != "tight":
+        return []
+    usual, least = format_bytes(float(e.memory.device[i])), format_bytes(float(e.memory.least[i]))
+    return [{
+        "what": "verdict tight",
+        "value": None,
+        "source": f"usually {usual} of {format_bytes(cluster.usable_bytes)}; torch's allocator gives back what it "
+        f"only caches before it fails, down to {least}: the risk of running out is of that",
+    }]  # fmt: skip
+
+
 def _host_unknown(
     cluster: Cluster, e: Estimates, memory: dict[str, Any], i: int
 ) -> list[dict[str, Any]]:
@@ -382,7 +395,9 @@ def estimate_dict(
         "step": _step_dict(e, i),
         "throughput": _throughput(spec, job, cluster, e, i),
         "run": _run_dict(job, cluster, e, i),
-        "assumptions": _assumptions(cluster, e, job) + _host_unknown(cluster, e, memory, i),
+        "assumptions": _assumptions(cluster, e, job)
+        + _tight(cluster, e, i)
+        + _host_unknown(cluster, e, memory, i),
         "nearest": nearest(
             spec, job, cluster, e.candidates.strategy(i), software=software_for(cluster).family
         ),

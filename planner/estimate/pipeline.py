@@ -13,16 +13,16 @@ def slowest_stage(per_stage: Array) -> Array:
     return np.asarray(2 - np.argmax(per_stage[::-1], axis=0))
 
 
-def _around(t: Array, k: Array, pp: Array) -> tuple[Array, Array, Array, Array]:
+def _around(t: Array, k: int, pp: Array) -> tuple[Array, Array, Array, Array | int]:
     """(time of all stages before stage k, of all after it, of the slowest after it, how many)."""
     first, middle, last = t
-    inner = np.maximum(pp - 2, 0) * middle
-    before = np.select([k == 0, k == 1], [0.0, first + inner - middle], first + inner)
-    after = np.select([k == 0, k == 1], [inner + last, last], 0.0)
-    worst = np.select(
-        [k == 0, k == 1], [np.maximum(np.where(pp > 2, middle, 0.0), last), last], 0.0
-    )
-    return before, after, worst, np.select([k == 0, k == 1], [pp - 1, 1], 0)
+    inner, none = np.maximum(pp - 2, 0) * middle, np.zeros(last.shape)
+    if k == 0:
+        worst = np.maximum(np.where(pp > 2, middle, 0.0), last)
+        return none, inner + last, worst, pp - 1
+    if k == 1:
+        return first + inner - middle, last, last, 1
+    return first + inner, none, none, 0
 
 
 def waits_s(forward: Array, backward: Array, pp: Array, vpp: Array, micro: Array) -> Array:
@@ -35,9 +35,11 @@ def waits_s(forward: Array, backward: Array, pp: Array, vpp: Array, micro: Array
     """
     per_stage = forward + backward
     found = np.zeros(per_stage.shape)
+    if not (pp > 1).any():
+        return found
     for k in range(3):
         exists = (pp > 1) & ((k != 1) | (pp > 2))
-        before, after, worst, behind = _around(per_stage, np.full(pp.shape, k), pp)
+        before, after, worst, behind = _around(per_stage, k, pp)
         n = np.minimum(behind, np.maximum(micro - 1, 0))
         start = np.maximum(after, n * forward[k])
         # The last of the middle stages has one forward in flight, so its first cycle has no forward.

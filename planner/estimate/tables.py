@@ -16,6 +16,9 @@ from outlay.planner.estimate.candidates import Array, Candidates
 
 T = TypeVar("T")
 
+_FEW = 8
+"""Candidates up to which each is its own kind: to look for equal ones costs more than it saves."""
+
 _LARGEST = 1 << 20
 """Values up to this are numbered by a table of that size; larger ones by sorting."""
 
@@ -44,6 +47,8 @@ def distinct(c: Candidates, names: Sequence[str], *more: Array) -> tuple[Array, 
 
     A tuple is numbered by mixed radix, and numbered anew when that leaves the size of the table.
     """
+    if len(c) <= _FEW:
+        return np.arange(len(c)), np.arange(len(c))
     number, room = np.zeros(len(c), np.int64), 1
     for values in (*(getattr(c, name) for name in names), *more):
         low = int(values.min())

@@ -73,10 +73,49 @@ def test_unknown_columns_are_refused(tmp_path: Path) -> None:
         ({"activation_checkpointing": "some"}, "activation_checkpointing"),
         ({"tp": "3"}, "tp"),
         ({"seq_len": "nan"}, "seq_len"),
+        ({"optimizer": "foo"}, "optimizer: 'foo' is none of adamw"),
+        ({"precision": "int4"}, "precision: 'int4'"),
+        ({"quant": "junk"}, "quant: 'junk'"),
+        ({"attention": "linear"}, "attention: 'linear'"),
+        ({"memory_kind": "resident"}, "memory_kind: 'resident'"),
+        ({"dp": "8", "global_batch": "12"}, "does not divide global_batch 12"),
+        ({"dp": "4"}, "not gpus 8"),
     ],
 )
 def test_nonsense_is_named(change: dict[str, str], word: str) -> None:
     assert word in predict(LLAMA | change)["error"]
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "same"),
+    [
+        ("optimizer", "fused Adam", "adamw"),
+        ("optimizer", "Adam8bit", "adamw_8bit"),
+        ("precision", "bf16-mixed", "bf16"),
+        ("precision", "float8", "fp8"),
+        ("attention", "flash-attention-2", "flash"),
+        ("quant", "BNB.NF4", "nf4"),
+        ("activation_checkpointing", "FULL", "full"),
+    ],
+)
+def test_words_as_people_write_them(column: str, text: str, same: str) -> None:
+    assert predict(LLAMA | {column: text}) == predict(LLAMA | {column: same})
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("id,model\na,b,c,d\n", "2 cells more"),
+        ("id,model,model\na,b,c\n", "given twice"),
+        ('id,model\na,"b\n', "not a CSV file"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(FileError, match=word):
+        predict_file(path, tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_unstated_checkpointing_is_the_least_that_fits() -> None:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from outlay.planner.estimate.buckets import reduce_buckets
 from outlay.planner.estimate.candidates import CHECKPOINTING, Array, Candidates
 from outlay.planner.estimate.efficiency import efficiency_for
+from outlay.planner.estimate.estimator import evaluate
 from outlay.planner.estimate.memory import PARTS, Memory, estimate_memory
+from outlay.planner.estimate.phases import WholeRun
 from outlay.planner.estimate.software import (
     CPU_DEEPSPEED,
     DDP,
@@ -26,6 +28,7 @@ from outlay.planner.estimate.software import (
 )
 from outlay.planner.estimate.stages import stage_loads
 from outlay.planner.estimate.states import Held, States, state_bytes
+from outlay.planner.hardware import resolve_hardware
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
 from outlay.planner.spec.strategy import Strategy
@@ -87,7 +90,9 @@ def _job(attention: str = "flash", precision: str = "bf16", seq_len: int = 512) 
     )  # type: ignore[arg-type]
 
 
-def _memory(spec: ModelSpec, software: Software, *several: Strategy, **job: object) -> Memory:
+def _memory(
+    spec: ModelSpec, software: Software, *several: Strategy, run: WholeRun | None = None, **job: object
+) -> Memory:  # fmt: skip
     c = Candidates.of(several)
     return estimate_memory(
         spec,
@@ -95,17 +100,24 @@ def _memory(spec: ModelSpec, software: Software, *several: Strategy, **job: obje
         c,
         bucket=reduce_buckets(spec, c),
         figures=FIGURES,
-        software=software,  # type: ignore[arg-type]
+        software=software,
+        run=run,
     )
+
+
+runs = st.sampled_from([None, WholeRun(on_host=False), WholeRun(on_host=True)])
 
 
 @settings(max_examples=1500, deadline=None)
 @given(specs, strategies(), st.sampled_from(SOFTWARE), st.sampled_from(["eager", "flash"]),
-       st.sampled_from(["fp32", "bf16", "fp16"]))  # fmt: skip
+       st.sampled_from(["fp32", "bf16", "fp16"]), runs)  # fmt: skip
 def test_parts_sum_and_are_finite(
-    spec: ModelSpec, strategy: Strategy, software: Software, attention: str, precision: str
-) -> None:
-    m = _memory(spec, software, strategy, attention=attention, precision=precision)
+    spec: ModelSpec, strategy: Strategy, software: Software, attention: str, precision: str,
+    run: WholeRun | None,
+) -> None:  # fmt: skip
+    m = _memory(spec, software, strategy, attention=attention, precision=precision, run=run)
+    assert (m.each_phase >= m.by_phase - 1).all()
+    assert (m.each_phase >= 0).all()
     assert set(m.parts) == set(PARTS)
     total = sum(float(v[0]) for v in m.parts.values())
     assert total == pytest.approx(float(m.device[0]), rel=1e-9)
@@ -159,6 +171,49 @@ def test_zero3_states_never_grow_with_ranks(spec: ModelSpec, software: Software)
     s = _zero3(spec, software, [1, 2, 3, 5, 8, 64, 1000, 100_000])
     for values in (s.parameters, s.optimizer_states, s.gradients_held):
         assert (np.diff(values[0]) <= 0).all()
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Candidates:
+    """60 candidates that differ in every field, more than are computed one by one."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    few = {"zero": 4, "activation_checkpointing": 3, "sequence_parallel": 2, "offload_optimizer": 3,
+           "offload_param": 3, "loss": 3, "overlap_comm": 2}  # fmt: skip
+    columns = {name: rng.integers(0, size, 60) for name, size in few.items()}
+    for name in ("dp", "tp", "pp", "vpp", "cp", "sp", "ep"):
+        columns[name] = rng.choice([1, 2, 4], 60)
+    columns["micro_batch"] = rng.integers(1, 5, 60)
+    columns["grad_accum"] = rng.choice([1, 2, 3, 8, 64], 60)
+    columns["recompute_layers"] = rng.choice([-1, 2], 60)
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        columns[name] = rng.choice([-1, 10_000_000], 60)
+    return Candidates(**columns)
+
+
+@settings(max_examples=60, deadline=None)
+@given(specs, mixtures(), st.sampled_from(SOFTWARE), st.booleans())
+def test_tables_give_what_one_by_one_gives(
+    spec: ModelSpec, c: Candidates, software: Software, whole_run: bool
+) -> None:
+    """What the tables of memory and time are keyed by is all that they depend on."""
+    cluster = resolve_hardware("h100-sxm:64/8", inter_node_gbps=400)
+    both = evaluate(spec, _job(), cluster, c, software=software, own=False)
+    run = WholeRun(on_host=False) if whole_run else None
+    together = estimate_memory(
+        spec, _job(), c, bucket=reduce_buckets(spec, c), figures=FIGURES, software=software, run=run
+    )
+    for start in range(0, len(c), 6):
+        piece = slice(start, start + 6)
+        few = c.take(piece)
+        alone = estimate_memory(
+            spec, _job(), few, bucket=reduce_buckets(spec, few), figures=FIGURES, software=software,
+            run=run,
+        )  # fmt: skip
+        assert alone.device == pytest.approx(together.device[piece], rel=1e-12)
+        timed = evaluate(spec, _job(), cluster, few, software=software, own=False)
+        assert timed.step is not None
+        assert both.step is not None
+        assert timed.step.time_s == pytest.approx(both.step.time_s[piece], rel=1e-12)
 
 
 def test_many_candidates_at_once_are_each_one_alone() -> None:
