@@ -27,14 +27,8 @@ from outlay.profiles.errors import UsageError
     "--cases", help="CSV of many configurations; needs --out. Columns: docs/reference/formats.md."
 )
 @click.option("--out", help="Write there instead of stdout.")
-@click.pass_context
 def estimate(
-    ctx: click.Context,
-    job_file: str | None,
-    format_: str,
-    cases: str | None,
-    out: str | None,
-    **flags: Any,
+    job_file: str | None, format_: str, cases: str | None, out: str | None, **flags: Any
 ) -> None:
     """Memory, time and cost of one strategy, each with its interval.
 
@@ -42,7 +36,7 @@ def estimate(
     With --cases, one prediction a row of a CSV file.
     """
     if cases is not None:
-        _alone(ctx)
+        _alone(click.get_current_context())
         _estimate_cases(cases, out)
         return
     from outlay.planner.estimate.candidates import Candidates
