@@ -99,14 +99,14 @@ def read_rows(path: str | Path) -> Iterator[dict[str, str]]:
             for row in reader:
                 if None in row:
                     raise FileError(
-                        f"{len(row[None])} cells more than there are columns",  # type: ignore[call-overload]
+                        f"{len(row[None])} cells more than there are columns",
                         where=f"{path}:{reader.line_num}", do="quote a cell that holds a comma",
                     )  # fmt: skip
                 yield row
     except csv.Error as error:
         raise FileError("not a CSV file", where=str(path), why=str(error)) from None
     except OSError as error:
-        raise FileError("cannot be read", where=str(path), why=str(error)) from None
+        raise FileError("cannot be read", where=str(path), why=error.strerror or "") from None
     except UnicodeDecodeError as error:
         raise FileError("not a text file", where=str(path), why=str(error)) from None
 
