@@ -10,6 +10,7 @@ import numpy as np
 
 from outlay.planner.cost import ranged, run_cost
 from outlay.planner.estimate.advice import changes
+from outlay.planner.estimate.besides import besides_steps
 from outlay.planner.estimate.buckets import reduce_buckets
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.compute import model_flops_per_token, recomputed_flops_per_token
@@ -278,10 +279,14 @@ RUN_KEYS = (
 )  # fmt: skip
 
 
-def _run_dict(job: Job, cluster: Cluster, e: Estimates, i: int) -> dict[str, Any]:
+def _run_dict(spec: ModelSpec, job: Job, cluster: Cluster, e: Estimates, i: int) -> dict[str, Any]:
     base: dict[str, Any] = {"steps": job.steps, "tokens": job.tokens}
     if e.step is None or e.step_low is None or e.step_high is None:
-        return base | dict.fromkeys(RUN_KEYS)
+        return base | dict.fromkeys((*RUN_KEYS, "besides"))
+    besides = besides_steps(
+        spec, job, cluster, e.candidates.strategy(i), figures=e.figures,
+        step_s=float(e.step.time_s[i]), parts={k: float(v[i]) for k, v in e.step.parts.items()},
+    )  # fmt: skip
     cost = run_cost(
         cluster, float(e.step_low[i]), float(e.step.time_s[i]), float(e.step_high[i]), job
     )
@@ -292,6 +297,7 @@ def _run_dict(job: Job, cluster: Cluster, e: Estimates, i: int) -> dict[str, Any
         **ranged("co2e", "kg", cost.co2e_kg),
         "region": cost.region,
         "cost_usd": plain(cost.cost_usd),
+        "besides": plain(besides),
     }
 
 
@@ -318,7 +324,7 @@ def _assumptions(cluster: Cluster, e: Estimates, job: Job) -> list[dict[str, Any
     rows.append({
         "what": "the run",
         "value": None,
-        "source": "steps only: set-up, evaluation, saves and export are not in time, cost and energy",
+        "source": "steps only: set-up is not in time, cost and energy; nor evaluation, saves, export (`besides`)",
     })  # fmt: skip
     return rows
 
@@ -394,7 +400,7 @@ def estimate_dict(
         "changes": _changes(spec, job, cluster, e, i),
         "step": _step_dict(e, i),
         "throughput": _throughput(spec, job, cluster, e, i),
-        "run": _run_dict(job, cluster, e, i),
+        "run": _run_dict(spec, job, cluster, e, i),
         "assumptions": _assumptions(cluster, e, job)
         + _tight(cluster, e, i)
         + _host_unknown(cluster, e, memory, i),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from outlay.planner.cost import budget_s
+from outlay.planner.cost import budget_s, kw_of
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.plan import Plan
@@ -134,6 +134,18 @@ def changes_table(rows: list[dict[str, Any]]) -> RenderableType:
     return grid
 
 
+def _besides(b: dict[str, Any]) -> str:
+    """What the run takes besides its steps, in all and each."""
+    whole = sum(
+        b[n] * b[s] for n, s in (("evaluations", "evaluation_s"), ("checkpoints", "checkpoint_s"))
+    )
+    return (
+        f"about {format_seconds(whole + b['export_s'])}: saves {b['checkpoints']} × "
+        f"{format_seconds(b['checkpoint_s'])}, evaluations {b['evaluations']} × "
+        f"{format_seconds(b['evaluation_s'])}, export {format_seconds(b['export_s'])}"
+    )
+
+
 def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
     """The headline of an estimate."""
     memory, step, run, cluster = e["memory"], e["step"], e["run"], e["cluster"]
@@ -158,6 +170,7 @@ def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
         ("step time", between(step["low_s"], step["time_s"], step["high_s"], format_seconds)),
         ("throughput", f"{speed} tokens/s" + (f", MFU {t['mfu']:.1%}" if t["mfu"] else "")),
         ("run", f"{steps:,} steps, {format_count(run['tokens'])} tokens, {duration}"),
+        ("besides", _besides(run["besides"])),
     ]  # fmt: skip
     cost = run["cost_usd"]
     if cost is None:
@@ -166,20 +179,34 @@ def estimate_rows(e: dict[str, Any]) -> list[tuple[str, str]]:
         shown = between(cost["low"], cost["expected"], cost["high"], format_usd)
         price = f"{cluster['price_usd_per_h']:,.4g} USD/h ({cluster['price_source']})"
         rows.append(("cost", f"{shown} at {price}"))
+    if run["energy_kwh"] is not None:
+        rows.append(("energy", energy_text(run)))
     return rows
+
+
+def energy_text(run: dict[str, Any]) -> str:
+    """`12.3 kWh (8.1 to 20.1)`, with the CO2e where the region is known."""
+
+    def shown(what: str, unit: str, name: str) -> str:
+        value, low, high = (run[f"{what}_{end}{unit}"] for end in ("", "low_", "high_"))
+        return f"{value:,.3g} {name} ({low:,.3g} to {high:,.3g})"
+
+    text = f"{shown('energy', 'kwh', 'kWh')} with server and cooling"
+    if run["co2e_kg"] is not None:
+        text += f"; {shown('co2e', 'kg', 'kg CO2e')}: {run['region']}"
+    return text
 
 
 def budget_rows(job: Job, cluster: Cluster, step_s: float | None) -> list[tuple[str, str]]:
     """For each budget, how much of the run it holds at the expected speed."""
     rows = []
     for budget in job.budget:
-        limit_s = budget_s(budget, cluster)
+        limit_s = budget_s(budget, cluster, job)
         if limit_s is None:
-            need = (
-                "a price (--price-usd-per-h)"
-                if budget.kind == "money"
-                else "metering, not yet there"
-            )
+            need = "a price (--price-usd-per-h)" if budget.kind == "money" else (
+                "the power limit of the accelerators"
+                if kw_of(cluster, job) is None else "the region of the electricity (--region)"
+            )  # fmt: skip
             text = f"{budget}: cannot be compared, it needs {need}"
         elif step_s is None:
             text = f"{budget}: cannot be compared, the step time is unknown"
