@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outlay.planner.spec.files import read_mapping
-from outlay.planner.spec.job import Data, Finetune
+from outlay.planner.spec.job import Budget, Data, Finetune
 from outlay.planner.spec.model import ModelSpec
 from outlay.profiles.errors import UsageError
+from outlay.profiles.money import Currency, currency_of, no_rate, parse_rates
 from outlay.profiles.units import format_count, split_number
 
 if TYPE_CHECKING:
@@ -158,12 +160,37 @@ def finetune_of(value: Finetune | str | None, spec: ModelSpec) -> tuple[Finetune
         )
     held = {"none": "in the precision of the job", "nf4-dq": "in 4-bit NF4 with quantized scales"}
     text = "frozen weights " + held.get(found.quant, f"in {found.quant}")
-    if found.method == "lora":
+    if found.method in ("lora", "dora"):
         text += "; factors on the q and v projections of every block; on all linear layers they take more"
+    if found.method == "dora":
+        text += "; the time of its norms follows from its operations and was not measured"
     text += "; time has no gradients of frozen weights, MFU counts them all the same"
     return found, [
         {"what": "finetune", "value": f"{found.method} rank {found.rank}", "source": text}
     ]
+
+
+_USUAL = ("eur", "gbp", "cny", "jpy", "chf", "inr", "krw", "cad", "aud", "sek", "brl", "sgd")
+"""Units that are plainly meant as money, for a better refusal only."""
+
+
+def money_of(
+    budget: Sequence[str] | str | None,
+    rate: Sequence[str] | str | Mapping[str, float] | None,
+    currency: str | None,
+) -> tuple[tuple[Budget, ...], Currency | None]:
+    """(budgets, what money is shown in: --currency, else that of the first budget of money)."""
+    rates = parse_rates(rate)
+    texts = (budget,) if isinstance(budget, str) else tuple(budget or ())
+    parsed = []
+    for text in texts:
+        unit = split_number(text, where="--budget")[1]
+        if unit in _USUAL and unit not in rates:
+            raise no_rate(unit, where=f"--budget {text}")
+        parsed.append(Budget.parse(text, rates=rates))
+        if currency is None and unit in rates:
+            currency = unit
+    return tuple(parsed), currency_of(currency, rates)
 
 
 def fraction_of(value: str | float | None) -> float:

@@ -6,12 +6,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outlay.planner.amount import Notes, amount_of, finetune_of, fraction_of, project_note
+from outlay.planner.amount import (
+    Notes,
+    amount_of,
+    finetune_of,
+    fraction_of,
+    money_of,
+    project_note,
+)
 from outlay.planner.amount import data_of as data_of
 from outlay.planner.amount import tokens_of as tokens_of
+from outlay.planner.assumed import parse_assumed
+from outlay.planner.compression import check_compression
+from outlay.planner.cost import carbon_of
+from outlay.planner.method_flags import CAPPED_FAMILY, take_method_flags
 from outlay.planner.spec.cluster import Cluster
+from outlay.planner.spec.compress import Compression, with_flags
 from outlay.planner.spec.files import parse, read_mapping
-from outlay.planner.spec.job import SCHEMA_JOB, Budget, Data, Finetune, Job, Optimizer, Schedule
+from outlay.planner.spec.job import SCHEMA_JOB, Data, Finetune, Job, Optimizer, Schedule
 from outlay.planner.spec.model import ModelSpec
 from outlay.profiles.errors import FileError, UsageError
 from outlay.profiles.units import parse_count
@@ -34,10 +46,16 @@ class JobFile:
     precision: str | None = None
     optimizer: Optimizer | str | None = None
     finetune: Finetune | str | None = None
+    compress: Compression | None = None
     schedule: Schedule | None = None
     gradient_clipping: float | None = None
     attention: str | None = None
+    compile: bool | None = None
     budget: tuple[str, ...] | str | None = None
+    currency: str | None = None
+    rate: dict[str, float] | tuple[str, ...] | str | None = None
+    region: str | None = None
+    assume: dict[str, float | str] | tuple[str, ...] | str | None = None
     attempts: int | None = None
     pilot: str | float | None = None
     price_usd_per_h: float | None = None
@@ -81,6 +99,8 @@ def read_job_file(path: str | Path) -> JobFile:
 def merge(file: JobFile, flags: dict[str, Any]) -> JobFile:
     """Flags that were given win over the file."""
     given = {k: v for k, v in flags.items() if v not in (None, ())}
+    given |= take_method_flags(given, file.optimizer, file.schedule)
+    given["compress"] = with_flags(file.compress, given.pop("prune", None), given.pop("qat", None))
     if "steps" in given and "tokens" in given:
         raise UsageError("give --tokens or --steps, not both")
     length = [k for k in ("steps", "tokens", "epochs") if k in given]
@@ -180,20 +200,32 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
     optimizer = file.optimizer
     if isinstance(optimizer, str):
         optimizer = parse(Optimizer, {"name": optimizer}, path="--optimizer")
+    if file.compile:
+        what = "time and memory are those of the model as it is: what torch.compile gains is not estimated"
+        notes.append({"what": "compile", "value": "on", "source": what})
+    attention = file.attention
+    if attention is None and spec.family == CAPPED_FAMILY:
+        attention = default(
+            "attention", "eager", "transformers has no sdpa form of its capped scores"
+        )
     finetune, said = finetune_of(file.finetune, spec)
+    check_compression(file.compress, spec, finetune)
     pilot = fraction_of(file.pilot)
     notes += said + project_note(file.attempts, pilot)
-    budget = (file.budget,) if isinstance(file.budget, str) else (file.budget or ())
+    budget, currency = money_of(file.budget, file.rate, file.currency)
+    notes += [currency.note()] if currency else []
+    carbon_of(file.region)
     extra: dict[str, Any] = {
         k: v
         for k in (
             "schedule",
             "gradient_clipping",
-            "attention",
+            "compile",
             "seed",
             "eval_every",
             "save_every",
             "attempts",
+            "region",
         )
         if (v := getattr(file, k)) is not None
     }
@@ -206,9 +238,14 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
         "optimizer": optimizer or Optimizer(),
         "data": data,
         "finetune": finetune,
+        "compress": file.compress,
         "packing": file.packing is not False,
         "pilot_fraction": pilot,
-        "budget": tuple(Budget.parse(text) for text in budget),
+        "budget": budget,
+        "currency": currency,
+        "assume": parse_assumed(file.assume),
         **extra,
     }
+    if attention is not None:
+        value["attention"] = attention
     return Resolved(job=parse(Job, value, path="job"), assumptions=notes)

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 import click
 
 from outlay.planner.estimate.candidates import CHECKPOINTING, LOSS, OFFLOAD
+from outlay.profiles.money import Currency, show_in, unshow
 
 OPTIMIZERS = (
     "adamw", "adam", "sgd", "rmsprop", "lamb", "lion", "muon", "adafactor",
     "adamw_8bit", "paged_adamw", "paged_adamw_8bit",
 )  # fmt: skip
-"""Those whose memory is known; those that are run come first."""
+"""Those whose memory is known."""
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,12 +60,28 @@ def job_options(function: F) -> F:
             "--global-batch", type=int, help="Sequences an optimizer step, over all ranks."
         ),
         click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16", "fp16"])),
-        click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="`outlay run` takes the first three."),
         click.option(
-            "--finetune", help="full (default), lora:r16, qlora:r16, adapter, adapter_v2; see --for."
+            "--optimizer", type=click.Choice(OPTIMIZERS), help="lamb and the paged ones are estimated only."
         ),
+        click.option("--optimizer-lr", type=float, help="Peak learning rate."),
+        click.option("--optimizer-momentum", type=float, help="Of sgd, rmsprop and muon."),
+        click.option("--optimizer-adam-lr", type=float, help="Of what muon leaves to Adam."),
+        click.option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate, after the warm-up."),
+        click.option("--schedule-warmup-steps", type=click.IntRange(0), help="Steps to the peak."),
+        click.option("--gradient-clipping", type=float, help="Largest norm of the gradient; 0 = none. Default 1."),
+        click.option(
+            "--finetune", help="full (default), lora:r16, dora:r16, qlora:r16; adapter, adapter_v2: estimated only."
+        ),
+        click.option("--prune", help="50%, 50%,global, 50%,one-shot, 2:4, 4:8: weights held at zero; or none."),
+        click.option("--qat", help="int8, int8-weight, int4:g32, int4-act8:g32: trained as it is stored; or none."),
         click.option("--attention", type=click.Choice(["eager", "sdpa", "flash"])),
+        click.option("--compile/--no-compile", default=None, help="Blocks through torch.compile; not estimated."),
         click.option("--budget", multiple=True, help="5000usd, 72h, 100gpuh; repeatable."),
+        click.option("--currency", help="Money is shown in it: eur, at a --rate. Default: the budget's, or usd."),
+        click.option("--rate", multiple=True, help="USD for one of a currency: eur=1.08; repeatable."),
+        click.option("--region", help="Where the electricity is from: us-central1, FRA, US-Texas."),
+        click.option("--assume", multiple=True,
+                     help="Sets what totals take for granted: pue=1.2; repeatable (outlay catalog list assumptions)."),
         click.option("--attempts", type=int, help="Whole runs to pay for; 1 where not given."),
         click.option("--pilot", help="A trial run before them, part of one: 2%."),
         click.option("--seed", type=int),
@@ -94,6 +112,14 @@ STRATEGY_KEYS = (
     "zero", "dp", "tp", "pp", "vpp", "cp", "sp", "ep", "micro_batch", "activation_checkpointing",
     "recompute_layers", "sequence_parallel", "offload_optimizer", "offload_param", "loss",
 )  # fmt: skip
+
+
+def show_money(currency: Currency | None) -> None:
+    """What money is shown in until the command ends."""
+    token = show_in(currency)
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.call_on_close(lambda: unshow(token))
 
 
 def format_option(*formats: str) -> Callable[[F], F]:

@@ -71,7 +71,7 @@ class CarbonIntensity:
     """What a kWh of electricity emits in one region."""
 
     region: str
-    """A cloud's region (`us-central1`), a US state (`US-Texas`) or a country (`FRA`)."""
+    """A cloud's region (`us-central1`), a US state (`TX`) or a country (`FRA`)."""
     scope: str
     provider: str | None
     place: str
@@ -232,6 +232,23 @@ def electricity_prices() -> dict[str, ElectricityPrice]:
     """By region."""
     rows = read_rows(package_text("electricity.csv"), "electricity.csv", _electricity_price)
     return {row.region: row for row in rows}
+
+
+def carbon_in(region: str) -> CarbonIntensity | None:
+    """That region's, a state by either of its names (`TX`, `US-Texas`); null where there is none."""
+    wanted = region.casefold()
+    rows = carbon_intensities().values()
+    return next((r for r in rows if r.region.casefold() == wanted), None) or next(
+        (r for r in rows if r.scope == "us_state" and f"us-{r.place}".casefold() == wanted), None
+    )
+
+
+def electricity_in(region: str) -> ElectricityPrice | None:
+    """That region's, a state by either of its names; null where there is none."""
+    found = carbon_in(region)
+    names = {region.casefold()} | ({f"us-{found.place}".casefold()} if found else set())
+    rows = electricity_prices().values()
+    return next((r for r in rows if r.region.casefold() in names), None)
 
 
 def _carbon_intensity(row: Row) -> CarbonIntensity:

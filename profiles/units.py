@@ -9,6 +9,7 @@ import math
 import re
 
 from outlay.profiles.errors import UsageError
+from outlay.profiles.money import format_money, shown
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
@@ -106,7 +107,6 @@ def format_count(value: float) -> str:
 
 
 def format_usd(value_usd: float) -> str:
-    """`1234.5` → `"1,234 USD"`; small amounts keep their cents and below."""
-    if value_usd >= 100:
-        return f"{value_usd:,.0f} USD"
-    return f"{value_usd:.2f} USD" if value_usd >= 1 else f"{value_usd:.4f} USD"
+    """`1234.5` → `"1,234 USD"`, or in the currency that is shown; small amounts keep their cents and below."""
+    currency = shown()
+    return format_money(value_usd / currency.usd, currency.name)

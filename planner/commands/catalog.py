@@ -19,12 +19,15 @@ def catalog() -> None:
 
 @catalog.command("list")
 @click.argument(
-    "what", type=click.Choice(["accelerators", "instances", "models"]), default="accelerators"
-)
+    "what", default="accelerators",
+    type=click.Choice(["accelerators", "instances", "models", "purchases", "assumptions", "regions"]),
+)  # fmt: skip
 @click.option("--own", is_flag=True, help="Of instances, only those of one's own layer.")
 @click.option("--csv", "as_csv", is_flag=True, help="Instances in the columns `import` reads.")
 def catalog_list(what: str, own: bool, as_csv: bool) -> None:
-    """One name a line; instances with their price, its date and whose it is."""
+    """One name a line; instances and purchases with their price, its date and whose it is; assumptions of
+    totals (--assume); regions with their electricity (--region)."""
+    from outlay.planner.commands.catalog_tables import TABLES, columns
     from outlay.planner.spec.families import preset_names
     from outlay.profiles.errors import UsageError
     from outlay.profiles.loader import accelerators
@@ -36,6 +39,10 @@ def catalog_list(what: str, own: bool, as_csv: bool) -> None:
             raise UsageError(
                 "--own and --csv are of instances", do="outlay catalog list instances --own"
             )
+        if what in TABLES:
+            for line in columns(TABLES[what]()):
+                click.echo(line)
+            return
         for name in sorted(accelerators()) if what == "accelerators" else preset_names():
             click.echo(name)
         return
@@ -51,10 +58,8 @@ def catalog_list(what: str, own: bool, as_csv: bool) -> None:
         (f"{i.provider}/{i.name}", i.region or "-", f"{i.count}x{i.accelerator}", _price(i), i.origin)
         for i in found
     ]  # fmt: skip
-    wide = [max(len(row[k]) for row in rows) for k in range(4)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, wide, strict=False)]
-        click.echo("  ".join([*cells, row[4]]))
+    for line in columns(rows):
+        click.echo(line)
 
 
 def _price(node: Instance) -> str:

@@ -41,8 +41,11 @@ def plan(
 
     JOB_FILE may be the letter of an option that `outlay size` printed: `outlay plan A`.
     """
-    from outlay.planner.spec.files import to_json, to_yaml, write_text
+    show(answer(job_file, target, deadline, **flags), format_, out, dry_run=dry_run)
 
+
+def answer(job_file: str | None, target: str, deadline: str | None, **flags: Any) -> Plan:
+    """The plan for what was asked."""
     flags, given = split_strategy(flags)
     q: Question | Chosen
     if job_file and OPTION.fullmatch(job_file) and not Path(job_file).exists():
@@ -58,6 +61,13 @@ def plan(
         q.assumptions = [a for a in q.assumptions if a["what"] not in ("steps", "tokens")]
         q.assumptions.append({"what": "steps", "value": held, "source": source})
         made = _planned(q, given, target, limit_s)
+    return made
+
+
+def show(made: Plan, format_: str, out: str, *, dry_run: bool) -> None:
+    """Write the plan file, and print the plan."""
+    from outlay.planner.spec.files import to_json, to_yaml, write_text
+
     if not dry_run:
         write_text(out, to_yaml(made))
     if format_ == "json":
@@ -92,7 +102,7 @@ def _steps_in_budget(q: Question | Chosen, made: Plan) -> int | None:
     from outlay.planner.cost import budget_s
 
     defaulted = any(a["what"] in ("steps", "tokens") for a in q.assumptions)
-    limits = [s for b in q.job.budget if (s := budget_s(b, q.cluster)) is not None]
+    limits = [s for b in q.job.budget if (s := budget_s(b, q.cluster, q.job)) is not None]
     if not defaulted or not limits or made.estimate["step"] is None:
         return None
     held = max(1, int(min(limits) / float(made.estimate["step"]["time_s"])))

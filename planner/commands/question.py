@@ -44,6 +44,7 @@ class Question:
     def __init__(self, job_file: str | None, flags: dict[str, Any]) -> None:
         from outlay.planner.hardware import resolve_hardware
         from outlay.planner.jobs import JobFile, merge, read_job_file, resolve_job
+        from outlay.planner.options import show_money
         from outlay.planner.spec.families import resolve_model
 
         file = merge(read_job_file(job_file) if job_file else JobFile(), flags)
@@ -59,6 +60,7 @@ class Question:
         )
         resolved = resolve_job(file, self.spec, self.cluster)
         self.job: Job = resolved.job
+        show_money(self.job.currency)
         self.assumptions = resolved.assumptions
         if self.weights:
             self.assumptions.append(

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--inter-node-gbps", type=float, help="Network of a node where the catalog has none.")
 @click.option("--price-usd-per-h", type=float, help="Of one piece of --hardware with a count.")
+@click.option(
+    "--buy", is_flag=True, help="Beside rent: the same accelerators bought, and when that pays."
+)
+@click.option(
+    "--purchase-usd", multiple=True,
+    help="With --buy, price of one accelerator with its share of the server: h100-sxm=31000; repeatable.",
+)  # fmt: skip
 @job_options
 @strategy_options
 @target_option
@@ -88,7 +95,7 @@ def _asked(job_file: str | None, flags: dict[str, Any]) -> Asked:
 
     own = {k: flags.pop(k) for k in [f.name for f in dataclasses.fields(Sizing) if f.name in flags]}
     flags, strategy = split_strategy(flags)
-    own["hardware"] = tuple(own["hardware"])
+    own["hardware"], own["purchase_usd"] = tuple(own["hardware"]), tuple(own["purchase_usd"])
     limit = own.pop("deadline", None)
     if limit is not None:
         own["deadline_s"] = deadline_s(limit)

@@ -16,6 +16,7 @@ from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.compute import model_flops_per_token, recomputed_flops_per_token
 from outlay.planner.estimate.disk import disk_parts
 from outlay.planner.estimate.efficiency import Efficiency, efficiency_for
+from outlay.planner.estimate.exported import compression_dict
 from outlay.planner.estimate.host import Host, host_memory
 from outlay.planner.estimate.interval import VERDICTS, interval, risk_above, verdict_index, widened
 from outlay.planner.estimate.memory import (
@@ -401,6 +402,9 @@ def estimate_dict(
         "step": _step_dict(e, i),
         "throughput": _throughput(spec, job, cluster, e, i),
         "run": _run_dict(spec, job, cluster, e, i),
+        "compression": compression_dict(
+            spec, job, cluster, None if e.step is None else float(e.step.parts["forward"][i])
+        ),
         "assumptions": _assumptions(cluster, e, job)
         + _tight(cluster, e, i)
         + _host_unknown(cluster, e, memory, i),

@@ -70,3 +70,9 @@ def zero_bubble_s(
     Of at least 2·pp micro-batches; an event simulation agrees within 1 % there.
     """
     return np.asarray((pp - 1.0) * np.maximum(forward + input_gradient - weight_gradient, 0.0))
+
+
+def two_way_bubble_s(forward: Array, backward: Array, pp: Array) -> Array:
+    """Idle seconds of a step under DualPipe [n]: (pp/2 − 1)·(f&b + b − 3·w) of arXiv 2412.19437, table 2, with
+    f&b = f + b for the pair that overlaps and w = b/2 for the weights' part of backward."""
+    return np.asarray(np.maximum(pp / 2.0 - 1.0, 0.0) * (forward + backward / 2.0))

@@ -53,6 +53,9 @@ class Software:
     and later are far ahead of FlashAttention-2."""
     accumulates_fp32: bool = False
     """16-bit gradients of micro-batches are added up in fp32 where the precision is bf16."""
+    two_way: bool = False
+    """DualPipe (arXiv 2412.19437, section 3.2.1): micro-batches enter at both ends of the pipeline, and the
+    all-to-all of one runs beside the compute of another."""
     masked_head: float = 1.0
     """Share of the tokens of an encoder whose logits are computed."""
     quantizes_head: bool = False
@@ -80,6 +83,7 @@ MEGATRON = Software(
     accumulates_fp32=True,
 )
 MEGATRON_CORE = replace(MEGATRON, overlap=1.0, tensor_overlap=True, recent_attention=True)
+DUALPIPE = replace(MEGATRON_CORE, two_way=True)
 MEGATRON_DEEPSPEED = Software(
     family="megatron",
     kernels="fused",
@@ -147,10 +151,12 @@ def software_of(framework: str, *, attention: str = "") -> Software:
 
     Matched by what the name says: `megatron*` (Megatron-DeepSpeed too), `fsdp2*` (compiled; NeMo
     Automodel's with Transformer Engine's attention), `fsdp*`, `deepspeed*` and `hf-*`, `*ddp`,
-    `litgpt*`, `torchtune`. Megatron with flash attention is Megatron-Core with Transformer Engine, which
+    `litgpt*`, `torchtune`, `*dualpipe*`. Megatron with flash attention is Megatron-Core with Transformer Engine, which
     overlaps its collectives; earlier ones do not.
     """
     name = framework.strip().lower()
+    if "dualpipe" in name:
+        return DUALPIPE
     if name.startswith("litgpt"):
         return LITGPT_FSDP if "fsdp" in name else LITGPT
     if "composer" in name:

@@ -17,12 +17,13 @@ import numpy as np
 
 from outlay.planner.estimate.candidates import OFFLOAD, Array, Candidates
 from outlay.planner.estimate.communication import Figures, transfer_s
+from outlay.planner.estimate.compression import extra_s
 from outlay.planner.estimate.data_parallel import Traffic, exposed_s, traffic
 from outlay.planner.estimate.memory import adapter_parameters
 from outlay.planner.estimate.micro_batch import TENSORS_PER_BLOCK, MicroBatch, hook_s, micro_batch_s
 from outlay.planner.estimate.operators import Speed, speed_of, width_of
 from outlay.planner.estimate.parameters import parameter_counts
-from outlay.planner.estimate.pipeline import bubble_s
+from outlay.planner.estimate.pipeline import bubble_s, two_way_bubble_s
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, stage_loads
 from outlay.planner.estimate.states import MOMENTS
@@ -230,6 +231,7 @@ class _Whole:
     of_shards: Array | None
     figures: Figures
     software: Software
+    memory_bytes_per_s: float | Array
 
     def parts(self, rows: Array | slice) -> dict[str, Array]:
         """Seconds of these candidates by PARTS."""
@@ -240,6 +242,11 @@ class _Whole:
             m, s = gather(m, rows), gather(s, rows)
         c = self.c.take(rows)
         parts = _parts(self.spec, self.job, c, self.cluster, m, s, self.figures, self.software)
+        extra = extra_s(self.spec, self.job, c, m.forward, self.memory_bytes_per_s)
+        if extra is not None:
+            parts["forward"] = parts["forward"] + c.grad_accum * extra.forward
+            parts["backward"] = parts["backward"] + c.grad_accum * extra.backward
+            parts["optimizer"] = parts["optimizer"] + extra.step
         # The slowest of many ranks sets the pace; the spread grows with how many there are.
         late = self.figures["communication.straggler_per_doubling"] * np.log2(
             np.maximum(c.dp * c.tp * c.pp * c.cp * c.sp, 1)
@@ -287,11 +294,14 @@ def _parts(
         "optimizer": s.optimizer,
         "tensor_parallel": micro * m.tensor_parallel,
         "data_parallel_exposed": micro * each + once,
-        "pipeline_bubble": bubble_s(m.per_stage, m.waits, micro),
+        "pipeline_bubble": two_way_bubble_s(m.forward, m.backward + m.recompute, c.pp)
+        if software.two_way
+        else bubble_s(m.per_stage, m.waits, micro),
         "pipeline_transfer": (micro * figures["communication.transfer_exposed"] + c.pp - 1.0)
         * transfer,
         "sequence_parallel": micro * m.sequence_parallel,
-        "expert_parallel": micro * m.expert_parallel,
+        "expert_parallel": micro
+        * np.maximum(m.expert_parallel - software.two_way * (m.forward + m.backward), 0.0),
         "offload": s.offload_step + micro * s.offload_micro,
         "overhead": step_overhead + micro * micro_overhead,
     }
@@ -326,5 +336,6 @@ def estimate_step(
     whole = _Whole(
         spec=spec, job=job, c=c, cluster=cluster, micro=m, shards=s, of_micro=of_micro,
         of_shards=of_shards, figures=figures, software=software,
+        memory_bytes_per_s=speed.memory_bytes_per_s,
     )  # fmt: skip
     return whole.step()

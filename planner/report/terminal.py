@@ -267,12 +267,43 @@ def gain_text(plan: Plan) -> str:
     return f"{plan.limited_by}. " + " · ".join(texts)
 
 
+def exported_text(compression: dict[str, Any]) -> str:
+    """`int4:g32, 810 MiB; dense 2.30 GiB, int8 …`: what `outlay export` will write, and could."""
+    sizes = ", ".join(
+        f"{'dense' if c['quantize'] == 'none' else c['quantize']} {format_bytes(c['bytes'])}"
+        for c in compression["choices"]
+    )
+    limit = compression["limit_bytes"]
+    within = "" if limit is None else f" (of {format_bytes(limit)} allowed)"
+    name = "dense" if compression["quantize"] == "none" else compression["quantize"]
+    return (
+        f"{name}, {format_bytes(compression['export_bytes'])}{within}; could be {sizes}; "
+        "what it loses: measured by outlay export --evaluate"
+    )
+
+
+def caching_rows(compression: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a teacher's kept logits take before the first step, where some are kept."""
+    if not compression["cached_logits_bytes"]:
+        return []
+    seconds, usd = compression["caching_s"], compression["caching_usd"]
+    took = "an unknown time" if seconds is None else f"about {format_seconds(seconds)}"
+    cost = "" if usd is None else f", {format_usd(usd)}"
+    size = format_bytes(compression["cached_logits_bytes"])
+    return [("teacher", f"its logits before the first step: {took}{cost}; {size} on disk")]
+
+
 def print_plan(console: Console, plan: Plan, *, out: str | None) -> None:
     from outlay.planner.space import TARGETS
 
     step = plan.estimate["step"]
     step_s = None if step is None else float(step["time_s"])
     rows = estimate_rows(plan.estimate) + budget_rows(plan.job, plan.cluster, step_s)
+    if plan.job.compress is not None and plan.job.compress.label():
+        rows.append(("compressed", plan.job.compress.label()))
+    if plan.estimate.get("compression"):
+        rows.append(("exported", exported_text(plan.estimate["compression"])))
+        rows += caching_rows(plan.estimate["compression"])
     rows.append(("for", f"{plan.target}: {TARGETS[plan.target].says}"))
     if plan.gains:
         rows.append(("limited by", gain_text(plan)))

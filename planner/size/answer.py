@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any
 
+from outlay.planner.cost import ranged
 from outlay.planner.estimate.compute import model_flops_per_token
 from outlay.planner.estimate.parameters import parameter_counts
 from outlay.planner.nearest import nearest
+from outlay.planner.ownership import times
 from outlay.planner.project_cost import STALE_DAYS
 from outlay.planner.reasons import gains, limited_by
+from outlay.planner.size.buy import Bought, bought, bought_dict, cheapest_purchase
 from outlay.planner.size.choose import (
+    STEADY,
     Found,
     Limits,
     Option,
@@ -25,10 +29,18 @@ from outlay.planner.size.choose import (
 from outlay.planner.size.chosen import SCHEMA_SIZE
 from outlay.planner.size.engine import Ask, Sizer, Timed, points_of
 from outlay.planner.size.losers import Loser, losers_of, refusal
-from outlay.planner.size.money import NOT_INCLUDED, changes_most, included_in, project_assumptions
+from outlay.planner.size.money import (
+    NOT_INCLUDED,
+    changes_most,
+    included_in,
+    kept,
+    kg_a_kwh,
+    project_assumptions,
+)
 from outlay.planner.size.offers import Offer, unpriced
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.files import plain
+from outlay.planner.spec.job import Job
 from outlay.planner.spec.plan import Gain
 from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import NotFeasible, UsageError
@@ -54,6 +66,10 @@ class Answer:
     objective: str
     references: tuple[str, ...] = ()
     assumptions: tuple[dict[str, Any], ...] = ()
+    buy: tuple[tuple[int, Bought], ...] = ()
+    """(index into `shown`, the bought option beside rent)."""
+    buy_refused: str | None = None
+    """Buying was asked for, and nothing bought keeps the limits: what would be the least."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,7 +100,7 @@ def answer(
         free = explore(sizer, points, Limits())
         whole.over += free.options
         raise _nothing(sizer, whole, limits)
-    if all(weight(objective, o) == float("inf") for o in whole.options if o.steady):
+    if all(weight(objective, o) == float("inf") for o in _first_choice(whole.options)):
         raise NotFeasible(
             f"{objective} is unknown for all {len(whole.options)} options",
             why="no carbon intensity is known for their regions, or no power limit for their accelerators"
@@ -92,18 +108,25 @@ def answer(
             do="another --objective, or --hardware whose figures are known",
         )  # fmt: skip
     shown, tags = _shown(whole.options, objective)
-    reasons = [_reasons(sizer, o) for o in shown]
+    shown = [o.with_interval() for o in shown]
+    # Options that differ in price alone have the same reasons.
+    each = {id(o.timed): o for o in shown}
+    found = {key: _reasons(sizer, o) for key, o in each.items()}
+    reasons = [found[id(o.timed)] for o in shown]
     return Answer(
         ask=ask, found=whole, shown=tuple(shown), tags=tags,
         losers=tuple(losers_of(sizer, points, whole, shown, limits, objective)),
         limited=tuple(limited for limited, _ in reasons), gains=tuple(g for _, g in reasons),
         limits=limits, objective=objective, references=tuple(references),
+        buy_refused=None if any(o.total.terms == "buy" for o in whole.options)
+        else cheapest_purchase(sizer, points),
+        buy=tuple((i, bought(o, offers)) for i, o in enumerate(shown) if o.total.terms == "buy"),
         assumptions=tuple(assumptions), extra=extra or {},
     )  # fmt: skip
 
 
 _UNITS = {
-    "usd": "{:,.4g} USD", "gpu_hours": "{:,.4g} accelerator-hours", "energy_kwh": "{:,.4g} kWh",
+    "gpu_hours": "{:,.4g} accelerator-hours", "energy_kwh": "{:,.4g} kWh",
     "co2e_kg": "{:,.4g} kg CO2e",
 }  # fmt: skip
 
@@ -114,10 +137,14 @@ def _nothing(sizer: Sizer, found: Found, limits: Limits) -> NotFeasible:
         cheap = min(found.over, key=lambda o: o.usd if o.usd is not None else float("inf"))
         quick = min(found.over, key=lambda o: o.hours)
         texts = [
-            f"the cheapest is {_brief(cheap)}; the fastest is {_brief(quick)}",
+            f"the cheapest is {_brief(cheap, limits)}; the fastest is {_brief(quick, limits)}",
         ]
         asked = [
-            format_seconds(v * 3600) if k == "hours" else _UNITS[k].format(v)
+            format_seconds(v * 3600)
+            if k == "hours"
+            else format_usd(v)
+            if k == "usd"
+            else _UNITS[k].format(v)
             for k, v in dataclasses.asdict(limits).items()
             if v is not None
         ]
@@ -142,22 +169,39 @@ def _nothing(sizer: Sizer, found: Found, limits: Limits) -> NotFeasible:
     )
 
 
-def _brief(o: Option) -> str:
+def _brief(o: Option, limits: Limits) -> str:
     money = "price unknown" if o.usd is None else format_usd(o.usd)
-    return f"{o.offer.name} x{o.nodes} {o.total.terms}: {money}, {format_seconds(o.hours * 3600)}"
+    text = f"{o.offer.name} x{o.nodes} {o.total.terms}: {money}, {format_seconds(o.hours * 3600)}"
+    if limits.energy_kwh is not None:
+        kwh = o.total.energy_kwh
+        text += ", energy unknown" if kwh is None else f", {kwh:,.4g} kWh"
+    if limits.co2e_kg is not None:
+        kg = o.total.co2e_kg
+        text += ", CO2e unknown (--region)" if kg is None else f", {kg:,.4g} kg CO2e"
+    return text
+
+
+def _first_choice(options: list[Option]) -> list[Option]:
+    """What A is chosen from: steady rent; where none keeps the limits, what is bought, else spot."""
+    for terms in (STEADY, ("buy",)):
+        if found := [o for o in options if o.total.terms in terms]:
+            return found
+    return options
 
 
 def _shown(
     options: list[Option], objective: str
 ) -> tuple[list[Option], dict[int, tuple[str, ...]]]:
     """The recommended one first, then the cheapest, the fastest, and others of the front."""
-    steady = [o for o in options if o.steady] or options
+    steady = _first_choice(options)
     best = min(steady, key=lambda o: (weight(objective, o), o.hours))
     priced = [o for o in options if o.usd is not None] or options
+    # Without a limit on money, the fastest to buy is the whole catalog's largest cluster: nobody asks that.
+    rented = [o for o in options if o.total.terms != "buy"] or options
     named = {
         "recommended": best,
         "cheapest": min(priced, key=lambda o: (o.usd or 0.0, o.hours)),
-        "fastest": min(options, key=lambda o: (o.hours, o.usd or 0.0)),
+        "fastest": min(rented, key=lambda o: (o.hours, o.usd or 0.0)),
     }
     steady_cheap = min(
         (o for o in priced if o.steady), key=lambda o: (o.usd or 0.0, o.hours), default=best
@@ -167,11 +211,25 @@ def _shown(
     same_spot = [
         o for o in options if not o.steady and o.offer is best.offer and o.nodes == best.nodes
     ]
-    for o in [best, *same_spot[:1], named["cheapest"], named["fastest"], steady_cheap, *rest]:
+    tagged = [named["cheapest"], named["fastest"], steady_cheap]
+    for o in [best, *same_spot[:1], *_to_buy(options, best, objective), *tagged, *rest]:
         if not any(o is c for c in chosen) and len(chosen) < MOST_SHOWN:
             chosen.append(o)
     tags = {i: tuple(name for name, o in named.items() if o is c) for i, c in enumerate(chosen)}
     return chosen, tags
+
+
+def _to_buy(options: list[Option], best: Option, objective: str) -> list[Option]:
+    """Of what is bought: what A is, and the best by the objective."""
+    found = [o for o in options if o.total.terms == "buy"]
+    if not found:
+        return []
+    a, ranks = best.timed.cluster.accelerator.name, best.timed.cluster.ranks
+    same = [
+        o for o in found if (o.timed.cluster.accelerator.name, o.timed.cluster.ranks) == (a, ranks)
+    ]
+    first = min(found, key=lambda o: (weight(objective, o), o.hours))
+    return [*sorted(same, key=lambda o: o.usd or 0.0)[:1], first]
 
 
 def _spread(rows: list[Option], count: int) -> list[Option]:
@@ -208,6 +266,12 @@ def stale(iso: str | None, today: date) -> bool:
     return days is None or days > STALE_DAYS
 
 
+def _of_carbon(o: Option, job: Job) -> str | None:
+    """What its CO2e is of: region, basis, year, source."""
+    found = kg_a_kwh(o.offer, job)
+    return None if found is None else found[1]
+
+
 def option_dict(a: Answer, i: int, today: date) -> dict[str, Any]:
     """One option in the published format."""
     o = a.shown[i]
@@ -229,6 +293,7 @@ def option_dict(a: Answer, i: int, today: date) -> dict[str, Any]:
         "price_date": price_date,
         "price_age_days": age_days(price_date, today),
         "price_source": o.offer.node.source if o.offer.node else o.offer.provider,
+        "purchase_usd": None if o.offer.bought is None else plain(times(o.offer.bought.purchase_usd, o.nodes)),
         "precision": job.precision,
         "strategy": plain(t.strategy),
         "label": t.strategy.label(),
@@ -242,9 +307,11 @@ def option_dict(a: Answer, i: int, today: date) -> dict[str, Any]:
         "mfu": flops / peak if peak else None,
         "hours": plain(total.hours),
         "usd": plain(total.usd),
+        "keeps": {"hours": kept(total.hours, a.limits.hours), "usd": kept(total.usd, a.limits.usd)},
         "accelerator_hours": total.accelerator_hours,
-        "energy_kwh": total.energy_kwh,
-        "co2e_kg": total.co2e_kg,
+        **ranged("energy", "kwh", total.energy),
+        **ranged("co2e", "kg", total.co2e),
+        "co2e_of": _of_carbon(o, job),
         "limited_by": a.limited[i],
         "gains": [plain(g) for g in a.gains[i]],
         "notes": [*o.offer.notes, *t.cluster.notes],
@@ -286,9 +353,15 @@ def answer_dict(a: Answer, *, reference: str, weights: str | None, today: date) 
         "cheapest": by_tag.get("cheapest"),
         "fastest": by_tag.get("fastest"),
         "pareto": [
-            {"offer": o.offer.name, "nodes": o.nodes, "terms": o.total.terms, "hours": o.hours, "usd": o.usd}
+            {
+                "offer": o.offer.name, "accelerator": o.timed.cluster.accelerator.name,
+                "accelerators": o.timed.cluster.ranks, "nodes": o.nodes, "terms": o.total.terms,
+                "hours": o.hours, "usd": o.usd,
+            }
             for o in pareto
         ],
+        "buy_refused": a.buy_refused,
+        "buy": [bought_dict(b, options[i]["option"]) for i, b in a.buy],
         "losers": [plain(row) for row in a.losers],
         "unpriced": unpriced(a.references),
         "nearest": nearest(
@@ -302,5 +375,5 @@ def answer_dict(a: Answer, *, reference: str, weights: str | None, today: date) 
         ),
         "included": included_in(a.ask.job),
         "not_included": list(NOT_INCLUDED),
-        "project": project_assumptions(a.ask.job),
+        "project": project_assumptions(a.ask.job, bought=bool(a.buy)),
     }  # fmt: skip

@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from outlay.planner.amount import money_of
+from outlay.planner.assumed import parse_assumed, with_set
+from outlay.planner.cost import carbon_of
 from outlay.planner.estimate.compute import model_flops_per_token
 from outlay.planner.jobs import DEFAULT_SEQ_LEN, JobFile, merge, read_job_file, resolve_job
+from outlay.planner.options import show_money
+from outlay.planner.ownership import with_region
 from outlay.planner.scaling import (
     BESIROGLU,
     Optimum,
@@ -19,7 +24,13 @@ from outlay.planner.size.budget import batch_of, largest
 from outlay.planner.size.choose import Limits
 from outlay.planner.size.engine import Ask
 from outlay.planner.size.models import llama_of
-from outlay.planner.size.offers import MOST_RANKS, Offer, cluster_of_offer, offers_of
+from outlay.planner.size.offers import (
+    MOST_RANKS,
+    Offer,
+    bought_offers,
+    cluster_of_offer,
+    offers_of,
+)
 from outlay.planner.space import TARGETS
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Budget
@@ -35,6 +46,8 @@ class Sizing:
     """The flags of `outlay size` beside those of a job."""
 
     hardware: tuple[str, ...] = ()
+    buy: bool = False
+    purchase_usd: tuple[str, ...] = ()
     inter_node_gbps: float | None = None
     price_usd_per_h: float | None = None
     target: str = "runner"
@@ -101,6 +114,7 @@ def _first_cluster(offers: Sequence[Offer]) -> Cluster:
 def asked(job_file: str | None, flags: dict[str, Any], fixed: dict[str, int], s: Sizing) -> Asked:
     """Resolve everything. Raises UsageError."""
     file = merge(read_job_file(job_file) if job_file else JobFile(), flags)
+    carbon_of(file.region)
     references = s.hardware or ((file.hardware,) if file.hardware else ())
     price = s.price_usd_per_h if s.price_usd_per_h is not None else file.price_usd_per_h
     offers = offers_of(
@@ -111,8 +125,10 @@ def asked(job_file: str | None, flags: dict[str, Any], fixed: dict[str, int], s:
             "nothing of that is for rent at a known price", where="--hardware",
             do="give a count and a price: --hardware h100-sxm:8 --price-usd-per-h 24",
         )  # fmt: skip
-    budget = (file.budget,) if isinstance(file.budget, str) else (file.budget or ())
-    limits = limits_of([Budget.parse(b) for b in budget], s.deadline_s)
+    offers = [*offers, *_bought(file, s, offers, references)]
+    budget, currency = money_of(file.budget, file.rate, file.currency)
+    show_money(currency)
+    limits = limits_of(budget, s.deadline_s)
     objective, notes = _objective(s, limits), []
     if limits.hours is None:
         limits = dataclasses.replace(limits, hours=YEAR_S / 3600)
@@ -121,6 +137,21 @@ def asked(job_file: str | None, flags: dict[str, Any], fixed: dict[str, int], s:
     if file.model:
         return _named(file, fixed, s, references, offers, limits, objective, notes)
     return _unnamed(file, fixed, s, references, offers, limits, objective, notes)
+
+
+def _bought(
+    file: JobFile, s: Sizing, offers: Sequence[Offer], references: Sequence[str]
+) -> list[Offer]:
+    """With --buy: the same accelerators, or all of the catalog, bought."""
+    if not s.buy:
+        if s.purchase_usd:
+            raise UsageError("what for?", where="--purchase-usd", do="give --buy too")
+        return []
+    taken = with_region(with_set(parse_assumed(file.assume)), file.region)
+    return bought_offers(
+        offers, s.purchase_usd, taken, gbps=s.inter_node_gbps or file.inter_node_gbps,
+        everything=not references,
+    )  # fmt: skip
 
 
 def _named(
@@ -178,8 +209,6 @@ def _unnamed(
     seq_len = file.seq_len or DEFAULT_SEQ_LEN
     if file.seq_len is None:
         notes.append({"what": "seq_len", "value": seq_len, "source": "default"})
-    if not s.overtrain > 0:
-        raise UsageError(f"over-training of {s.overtrain:g} makes no sense", where="--overtrain")
     if s.parameters and s.wanted_loss:
         raise UsageError("give --parameters or --reach-loss, not both")
     if s.parameters:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from outlay.planner.estimate.parameters import parameter_counts
 from outlay.planner.scaling import FLOPS_A_PARAMETER_TOKEN, batch_tokens, loss, optimum
 from outlay.planner.size.choose import STEADY, Limits
-from outlay.planner.size.engine import Ask, Sizer, Timed
+from outlay.planner.size.engine import Ask, Sizer, Timed, TooSmall
 from outlay.planner.size.models import LEAST_PARAMETERS, MOST_PARAMETERS, llama_of
 from outlay.planner.size.money import totals
-from outlay.planner.size.offers import Offer, cluster_of_offer, node_counts
+from outlay.planner.size.offers import Offer, cluster_of_offer, node_counts, shape_of
 from outlay.planner.space import Target
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
@@ -48,6 +48,8 @@ class _Sizes:
     seq_len: int
     most_ranks: int
     sizers: dict[int, Sizer] = field(default_factory=dict)
+    found: dict[tuple[object, ...], Timed | TooSmall | None] = field(default_factory=dict)
+    """By hardware, size and batch: who sells it does not matter."""
 
     def near(self, parameters: float) -> int:
         wanted = min(max(parameters, LEAST_PARAMETERS), MOST_PARAMETERS)
@@ -66,6 +68,12 @@ class _Sizes:
                 Ask(spec=spec, job=job, target=self.target, most_ranks=self.most_ranks)
             )
         return self.sizers[index]
+
+    def best(self, t: _Try, index: int, job: Job) -> Timed | TooSmall | None:
+        key = (shape_of(t.offer), t.nodes, index, job.global_batch)
+        if key not in self.found:
+            self.found[key] = _of_batch(self.sizer(index), job).best(t.cluster, job)
+        return self.found[key]
 
 
 def batch_of(flops: float, seq_len: int) -> int:
@@ -124,12 +132,15 @@ def _fixed_point(t: _Try, sizes: _Sizes, overtrain: float, limits: Limits) -> La
         parameters = parameter_counts(sizer.ask.spec).total
         batch = batch_of(t.most_flops * _START_MFU, sizes.seq_len)
         job = dataclasses.replace(sizer.job_on(t.cluster), global_batch=batch)
-        timed = _of_batch(sizer, job).best(t.cluster, job)
+        timed = sizes.best(t, index, job)
         if not isinstance(timed, Timed):
             ceiling = index - 1
             index -= 2
             continue
-        job, tokens = _filled(timed, t, limits)
+        filled = _filled(timed, t, limits)
+        if filled is None:
+            break
+        job, tokens = filled
         best = Largest(
             parameters=parameters, tokens=tokens, loss=loss(parameters, tokens), offer=t.offer,
             nodes=t.nodes, terms=t.terms, job=job,
@@ -152,16 +163,16 @@ def _of_batch(sizer: Sizer, job: Job) -> Sizer:
     return sizer
 
 
-def _filled(timed: Timed, t: _Try, limits: Limits) -> tuple[Job, float]:
-    """The job with as many steps as the limits hold, set-up and the rest included."""
+def _filled(timed: Timed, t: _Try, limits: Limits) -> tuple[Job, float] | None:
+    """The job with as many steps as the limits hold, set-up and the rest included; null where failures leave
+    no time for any."""
     steps = max(1, int(t.hours * 3600 / timed.step_s))
     for _ in range(4):
         job = dataclasses.replace(timed.job, steps=steps)
-        total = next(
-            x
-            for x in totals(dataclasses.replace(timed, job=job), t.offer, t.nodes)
-            if x.terms == t.terms
-        )
+        found = totals(dataclasses.replace(timed, job=job), t.offer, t.nodes, only=t.terms)
+        if not found:
+            return None
+        total = found[0]
         over = [
             value / limit
             for value, limit in (

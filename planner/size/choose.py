@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from outlay.planner.size.engine import Point, Sizer, Timed, TooSmall
-from outlay.planner.size.money import Total, least_hours, totals
+from outlay.planner.size.money import Total, least_hours, least_usd, purchase_usd, totals
 from outlay.planner.size.offers import Offer
 
 OBJECTIVES = ("balanced", "cheapest", "fastest", "energy", "carbon")
-STEADY = ("on_demand", "reserved", "owned")
-"""Prices under which nobody takes the machine away."""
+STEADY = ("on_demand", "reserved", "owned", "unpriced")
+"""Rent under which nobody takes the machine away."""
+
+
+def market(terms: str) -> str:
+    """steady | spot | buy: what is compared with its own kind only."""
+    return "steady" if terms in STEADY else terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +29,11 @@ class Option:
     timed: Timed
     total: Total
 
+    def with_interval(self) -> Option:
+        """The same, its totals with their 90 %: the search goes by expected figures alone."""
+        (total,) = totals(self.timed, self.offer, self.nodes, interval=True, only=self.total.terms)
+        return dataclasses.replace(self, total=total)
+
     @property
     def hours(self) -> float:
         return self.total.hours.expected
@@ -30,6 +41,12 @@ class Option:
     @property
     def usd(self) -> float | None:
         return None if self.total.usd is None else self.total.usd.expected
+
+    @property
+    def paid_usd(self) -> float | None:
+        """What a budget must hold: the total, or the purchase where that is more."""
+        bought = purchase_usd(self.offer, self.total.terms, self.nodes)
+        return None if self.usd is None else max(self.usd, bought)
 
     @property
     def steady(self) -> bool:
@@ -51,7 +68,7 @@ class Limits:
         t = o.total
         pairs = (
             ("deadline", t.hours.expected, self.hours),
-            ("budget", None if t.usd is None else t.usd.expected, self.usd),
+            ("budget", o.paid_usd, self.usd),
             ("gpu_hours", t.accelerator_hours, self.gpu_hours),
             ("energy", t.energy_kwh, self.energy_kwh),
             ("carbon", t.co2e_kg, self.co2e_kg),
@@ -90,23 +107,23 @@ def weight(objective: str, o: Option) -> float:
     return float("inf") if value is None else value
 
 
-def _bounds(p: Point) -> list[tuple[bool, float, float | None]]:
-    """(steady, least hours, least money) of each price of each seller."""
+def bounds(p: Point) -> list[tuple[str, float, float | None]]:
+    """(market, least hours, least money) of each price of each seller."""
     rows = []
     for offer in p.offers:
-        for terms, usd in offer.usd_per_h.items() or [("owned", None)]:
-            hours, billed = least_hours(p.bound_s / 3600, terms, p.nodes, p.cluster.ranks)
-            rows.append((terms in STEADY, hours, None if usd is None else usd * p.nodes * billed))
+        for terms in offer.terms:
+            hours, billed = least_hours(p.bound_s / 3600, terms, p.nodes, p.cluster.ranks, p.job)
+            rows.append((market(terms), hours, least_usd(offer, terms, p.nodes, hours, billed)))
     return rows
 
 
 def explore(sizer: Sizer, points: list[Point], limits: Limits, *, prune: bool = True) -> Found:
     """Time what can still be on the front of its kind of price, or best by an objective."""
     found = Found(points=len(points))
-    fronts: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    fronts: dict[str, list[tuple[float, float]]] = {"steady": [], "spot": [], "buy": []}
 
     def least(p: Point) -> float:
-        return min((h * (m if m is not None else h) for _, h, m in _bounds(p)), default=0.0)
+        return min((h * (m if m is not None else h) for _, h, m in bounds(p)), default=0.0)
 
     for p in sorted(points, key=least):
         if prune and not _can_matter(p, fronts, limits):
@@ -127,18 +144,18 @@ def explore(sizer: Sizer, points: list[Point], limits: Limits, *, prune: bool = 
                 kept = not limits.broken(option)
                 (found.options if kept else found.over).append(option)
                 if kept and option.usd is not None:
-                    fronts[option.steady].append((option.hours, option.usd))
+                    fronts[market(total.terms)].append((option.hours, option.usd))
     return found
 
 
-def _can_matter(p: Point, fronts: dict[bool, list[tuple[float, float]]], limits: Limits) -> bool:
+def _can_matter(p: Point, fronts: dict[str, list[tuple[float, float]]], limits: Limits) -> bool:
     """False where every price of every seller is beaten in both, or breaks a limit, already at its bound."""
-    for steady, hours, usd in _bounds(p):
+    for kind, hours, usd in bounds(p):
         if limits.hours is not None and hours > limits.hours:
             continue
         if limits.usd is not None and usd is not None and usd > limits.usd:
             continue
-        if usd is None or not any(h < hours and m < usd for h, m in fronts[steady]):
+        if usd is None or not any(h < hours and m < usd for h, m in fronts[kind]):
             return True
     return False
 

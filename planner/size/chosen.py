@@ -71,6 +71,7 @@ def _model(model: dict[str, Any]) -> tuple[ModelSpec, dict[str, Any]]:
 
 def chosen_of(letter: str, flags: dict[str, Any], target: str) -> tuple[Chosen, str]:
     """(the job and the hardware of that option, whose trainer it was sized for)."""
+    from outlay.planner.options import show_money
     from outlay.planner.spec.cluster import Cluster
     from outlay.planner.spec.files import check_schema, parse, read_mapping
     from outlay.planner.spec.job import Job
@@ -101,5 +102,6 @@ def chosen_of(letter: str, flags: dict[str, Any], target: str) -> tuple[Chosen, 
     spec, config = _model(value["model"])
     cluster: Cluster = parse(Cluster, option["cluster"], path=f"{SIZE_FILE}: {letter}")
     job: Job = parse(Job, value["job"], path=SIZE_FILE)
+    show_money(job.currency)
     notes = [*value["assumptions"]]
     return Chosen(spec, config, job, cluster, notes, value["model"].get("weights")), value["target"]

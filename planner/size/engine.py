@@ -223,10 +223,14 @@ def _timed(e: Estimates, i: int, cluster: Cluster, job: Job, looked: int) -> Tim
         cluster=cluster, job=job, strategy=e.candidates.strategy(i),
         step_s=float(e.step.time_s[i]), step_low_s=float(e.step_low[i]), step_high_s=float(e.step_high[i]),
         device_bytes=float(e.memory.device[i]), low_bytes=float(e.memory_low[i]),
-        high_bytes=float(e.memory_high[i]), risk=float(e.risk[i]),
-        parts={k: float(v[i]) for k, v in e.memory.parts.items()},
+        high_bytes=float(e.memory_high[i]), risk=float(e.risk[i]), parts=_parts_of(e, i),
         fitting=len(e), considered=looked,
     )  # fmt: skip
+
+
+def _parts_of(e: Estimates, i: int) -> dict[str, float]:
+    """Of one candidate: those of all take as long as their times."""
+    return {k: float(v[0]) for k, v in e.memory.take(np.array([i])).parts.items()}
 
 
 def _too_small(e: Estimates, cluster: Cluster, job: Job, looked: int) -> TooSmall:
@@ -234,8 +238,7 @@ def _too_small(e: Estimates, cluster: Cluster, job: Job, looked: int) -> TooSmal
     return TooSmall(
         cluster=cluster, job=job, strategy=e.candidates.strategy(i),
         device_bytes=float(e.memory.device[i]), high_bytes=float(e.memory_high[i]),
-        risk=float(e.risk[i]), considered=looked,
-        parts={k: float(v[i]) for k, v in e.memory.parts.items()},
+        risk=float(e.risk[i]), considered=looked, parts=_parts_of(e, i),
     )  # fmt: skip
 
 

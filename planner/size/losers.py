@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from outlay.planner.estimate.candidates import Candidates
 from outlay.planner.estimate.estimator import evaluate_memory, host_of
 from outlay.planner.estimate.interval import TIGHT_RISK
-from outlay.planner.size.choose import Found, Limits, Option, weight
+from outlay.planner.size.choose import Found, Limits, Option, bounds, weight
 from outlay.planner.size.engine import Ask, Point, Sizer, Timed, TooSmall
 from outlay.planner.size.money import totals
 from outlay.planner.space import TARGETS
@@ -91,7 +91,7 @@ def _loser(
     mine = [o for o in [*found.options, *found.over] if o.timed.cluster.accelerator.name == name]
     small = [(p, s) for p, s in found.small if p.cluster.accelerator.name == name]
     if not mine:
-        mine, more = _time_some(sizer, group)
+        mine, more = _time_best(sizer, group, limits, objective)
         small = small or more
     if not mine:
         return _too_small(sizer, small, group[0])
@@ -100,30 +100,67 @@ def _loser(
     inside = [o for o in mine if not limits.broken(o)]
     if inside:
         return _beaten(min(inside, key=lambda o: weight(objective, o)), best, objective)
-    nearest = min(mine, key=lambda o: (len(limits.broken(o)), _excess(o, limits)))
-    return _beyond(nearest, limits)
+    return _beyond(min(mine, key=lambda o: _rank(o, limits, objective)), limits)
 
 
-def _time_some(
-    sizer: Sizer, group: list[Point]
+def _time_best(
+    sizer: Sizer, group: list[Point], limits: Limits, objective: str
 ) -> tuple[list[Option], list[tuple[Point, TooSmall]]]:
-    """The accelerator at all its sizes: the bound left it out, so its numbers are not known yet."""
-    options, small = [], []
-    for p in group:
-        best = sizer.best(p.cluster, p.job)
-        if isinstance(best, TooSmall):
-            small.append((p, best))
-        elif isinstance(best, Timed):
-            options += [
-                Option(offer=o, nodes=p.nodes, timed=best, total=t)
-                for o in p.offers
-                for t in totals(best, o, p.nodes)
-            ]
-    return options, small
+    """The accelerator's best option, in the order of `_rank`: the bound left it out, so its numbers are not
+    known yet. A point whose bound ranks behind what was found is not timed."""
+    steady = any(kind == "steady" for p in group for kind, _, _ in bounds(p))
+    ranked = sorted(
+        ((_least_rank(p, limits, objective, steady=steady), i) for i, p in enumerate(group))
+    )
+    best: Option | None = None
+    small = []
+    for rank, i in ranked:
+        if best is not None and rank >= _rank(best, limits, objective):
+            break
+        p = group[i]
+        found = sizer.best(p.cluster, p.job)
+        if isinstance(found, TooSmall):
+            small.append((p, found))
+        elif isinstance(found, Timed):
+            options = [
+                Option(offer=o, nodes=p.nodes, timed=found, total=t)
+                for o in p.offers for t in totals(found, o, p.nodes)
+            ]  # fmt: skip
+            options = [o for o in options if o.steady or not steady] + ([best] if best else [])
+            best = min(options, key=lambda o: _rank(o, limits, objective), default=None)
+    return ([best] if best else []), small
 
 
-def _excess(o: Option, limits: Limits) -> float:
-    pairs = ((o.hours, limits.hours), (o.usd, limits.usd))
+_Rank = tuple[int, float, float]
+
+
+def _rank(o: Option, limits: Limits, objective: str) -> _Rank:
+    """Fewest limits broken, then the least excess, then the objective."""
+    return len(limits.broken(o)), _excess(o.hours, o.paid_usd, limits), weight(objective, o)
+
+
+def _least_rank(p: Point, limits: Limits, objective: str, *, steady: bool) -> _Rank:
+    """No option of the point ranks before that: hours and money are bounds, other limits may be kept."""
+    rows = [(h, m) for kind, h, m in bounds(p) if kind == "steady" or not steady]
+
+    def rank(hours: float, usd: float | None) -> _Rank:
+        broken = (limits.hours is not None and hours > limits.hours) + (
+            limits.usd is not None and usd is not None and usd > limits.usd
+        )
+        least = {
+            "fastest": hours,
+            "cheapest": usd,
+            "balanced": None if usd is None else usd * hours,
+        }
+        unknown = float("inf") if objective in ("cheapest", "balanced") else 0.0
+        value = least.get(objective)
+        return broken, _excess(hours, usd, limits), unknown if value is None else value
+
+    return min((rank(h, m) for h, m in rows), default=(0, 0.0, 0.0))
+
+
+def _excess(hours: float, usd: float | None, limits: Limits) -> float:
+    pairs = ((hours, limits.hours), (usd, limits.usd))
     return sum(max(0.0, v / limit - 1) for v, limit in pairs if v is not None and limit)
 
 
@@ -152,7 +189,8 @@ def _beyond(o: Option, limits: Limits) -> Loser:
     says = {
         "deadline": f"takes {format_seconds(o.hours * 3600)}, the limit is "
         f"{format_seconds((limits.hours or 0) * 3600)}",
-        "budget": f"costs {format_usd(o.usd or 0)}, the limit is {format_usd(limits.usd or 0)}",
+        "budget": f"costs {format_usd(o.paid_usd or 0)}{' to buy' if o.total.terms == 'buy' else ''}, "
+        f"the limit is {format_usd(limits.usd or 0)}",
         "gpu_hours": f"needs {o.total.accelerator_hours:,.0f} accelerator-hours of {limits.gpu_hours or 0:,.0f}",
         "energy": f"needs {o.total.energy_kwh or 0:,.0f} kWh of {limits.energy_kwh or 0:,.0f}",
         "carbon": "its emissions are unknown"

@@ -10,11 +10,15 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from outlay.planner.assumed import END, Assumption
+from outlay.planner.cost import Range
 from outlay.planner.hardware import DEFAULT_PER_NODE, resolve_hardware
+from outlay.planner.ownership import Owned, owned, times
 from outlay.planner.spec.cluster import Cluster
 from outlay.profiles.errors import UnknownName, UsageError
 from outlay.profiles.loader import Accelerator, accelerator, accelerators, aliases
 from outlay.profiles.offers import Instance, instances
+from outlay.profiles.purchase import Purchase, shipped_purchases, stated_purchases
 
 MOST_RANKS = 16_384
 
@@ -37,10 +41,30 @@ class Offer:
     cluster: Cluster | None = None
     """One's own machine, as probed or from a file: it is what it is."""
     usd_per_h: dict[str, float] = field(default_factory=dict)
-    """Of one node, by terms: on_demand, spot, reserved, owned."""
+    """Of one node, by terms: on_demand, spot, reserved, owned, buy."""
     dates: dict[str, str | None] = field(default_factory=dict)
     """Of the prices, ISO; null = the source is not dated."""
     notes: tuple[str, ...] = ()
+    bought: Owned | None = None
+    """Of one node, where it is bought."""
+    purchase: Purchase | None = None
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Kinds of price it has; `owned` or `unpriced` where there is none."""
+        return tuple(self.usd_per_h) or ("unpriced" if self.cluster is None else "owned",)
+
+    def price(self, terms: str, nodes: int) -> Range | None:
+        """USD an hour of so many nodes; an interval where it is bought; null = no price."""
+        if terms == "buy" and self.bought is not None:
+            return times(self.bought.usd_per_h, nodes)
+        usd = self.usd_per_h.get(terms)
+        return None if usd is None else Range(**dict.fromkeys(END, usd * nodes))
+
+    def fixed(self, terms: str, nodes: int) -> Range | None:
+        """USD a year at any use, of a machine that is bought for the project alone."""
+        own = self.bought.own_usd_a_year if terms == "buy" and self.bought is not None else None
+        return None if own is None else times(own, nodes)
 
     @property
     def ram_bytes(self) -> int | None:
@@ -155,6 +179,56 @@ def offers_of(
         )
     named = bool(references)
     return own + [o for o in listed if o.accelerator.memory_bytes and (named or o.usd_per_h)]
+
+
+LINKED = 8
+"""Accelerators that one link domain joins at least, where they are bought as whole nodes with a network."""
+
+
+def bought_offers(
+    offers: Sequence[Offer],
+    stated: Sequence[str],
+    taken: dict[str, Assumption],
+    *,
+    gbps: float | None,
+    everything: bool,
+) -> list[Offer]:
+    """The same accelerators, bought: `everything` that has a price, or those that are among the offers."""
+    prices = shipped_purchases() | stated_purchases(stated)
+    wanted = set(prices) if everything else {o.accelerator.name for o in offers}
+    rows = [
+        o for name in sorted(wanted & set(prices))
+        for o in _bought(accelerator(name), prices[name], taken, gbps)
+    ]  # fmt: skip
+    if not rows:
+        raise UsageError(
+            f"no purchase price of {', '.join(sorted(wanted))} is known", where="--buy",
+            do="state it: --purchase-usd h100-sxm=31000, of one with its share of the server",
+        )  # fmt: skip
+    return rows
+
+
+def _bought(
+    a: Accelerator, purchase: Purchase, taken: dict[str, Assumption], gbps: float | None
+) -> list[Offer]:
+    """Nodes of whole link domains, alone and with a network; cards in nodes of 1 to 8."""
+    if a.tdp_w is None:
+        return []
+    linked = (a.nvlink_domain or 1) >= LINKED
+    port_gbps = taken["network_gbps_an_accelerator"].expected
+    rows = []
+    for count in (DEFAULT_PER_NODE,) if linked else (1, 2, 4, DEFAULT_PER_NODE):
+        networks = [None, gbps or (port_gbps * count if linked else None)]
+        for network in dict.fromkeys(networks):
+            one = owned(purchase, count, tdp_w=a.tdp_w, network=network is not None, taken=taken)
+            rows.append(
+                Offer(
+                    name=f"buy/{count}x{a.name}", provider=purchase.source, accelerator=a, per_node=count,
+                    gbps=network, usd_per_h={"buy": one.usd_per_h.expected},
+                    dates={"buy": purchase.date}, bought=one, purchase=purchase,
+                )
+            )  # fmt: skip
+    return rows
 
 
 def unpriced(references: Sequence[str]) -> list[str]:

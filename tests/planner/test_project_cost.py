@@ -39,6 +39,7 @@ def test_by_hand() -> None:
         restart_h=zero,
         pue=one,
         tdp_fraction=one,
+        server_power_factor=one,
         minimum_h=zero,
     )
     terms = Terms(kind="on_demand", price_usd_per_h=flat(20), kgco2e_per_kwh=0.5)

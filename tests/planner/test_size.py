@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from outlay.planner.cost import Range
 from outlay.planner.estimate.interval import TIGHT_RISK
 from outlay.planner.search import search
 from outlay.planner.size.choose import Limits, Option, explore, front
 from outlay.planner.size.engine import Ask, Sizer, Timed, points_of
+from outlay.planner.size.losers import _rank, _time_best
+from outlay.planner.size.money import kept
 from outlay.planner.size.offers import offers_of
 from outlay.planner.space import TARGETS
 from outlay.planner.spec.cluster import Cluster
@@ -75,6 +78,21 @@ def test_bounds_lose_nothing(model: str, target: str, references: list[str]) -> 
     assert fronts[0][0]
 
 
+@pytest.mark.parametrize("objective", ["balanced", "cheapest", "fastest"])
+@pytest.mark.parametrize("limits", [Limits(hours=9000.0), Limits(hours=10.0, usd=50.0)])
+def test_a_loser_is_its_best(objective: str, limits: Limits) -> None:
+    """What the bounds leave untimed ranks behind what was found: the same as timing all of it."""
+    spec, _ = resolve_model("llama-3.2-1b")
+    job = Job(model="m", seq_len=2048, global_batch=64, steps=4000, precision="bf16")
+    for name in ("a100-sxm-80gb", "l40s", "t4"):
+        sizer = Sizer(Ask(spec=spec, job=job, target=TARGETS["runner"], most_ranks=64))
+        points, _ = points_of(sizer, offers_of([name], gbps=None, price_usd_per_h=None))
+        (found, *_), _ = _time_best(sizer, points, limits, objective)
+        everything = explore(sizer, points, Limits(), prune=False).options
+        steady = [o for o in everything if o.steady] or everything
+        assert _rank(found, limits, objective) == min(_rank(o, limits, objective) for o in steady)
+
+
 def test_each_point_is_what_search_says(tiny_spec: Any) -> None:
     """The shared memory tables give what a search of its own gives."""
     job = Job(model="tiny", seq_len=512, global_batch=64, steps=10, precision="bf16")
@@ -111,11 +129,22 @@ def test_keys_of_size(answered: tuple[Path, dict[str, Any], str]) -> None:
     assert keys == expected, f"gone: {sorted(expected - keys)}; new: {sorted(keys - expected)}"
 
 
-def test_limits_and_risk_are_kept(answered: tuple[Path, dict[str, Any], str]) -> None:
+def test_limits_and_risk_arekept(answered: tuple[Path, dict[str, Any], str]) -> None:
     for option in answered[1]["options"]:
         assert option["usd"]["expected"] <= 2000
         assert option["oom_probability"] <= TIGHT_RISK
         assert option["usd"]["low"] < option["usd"]["expected"] < option["usd"]["high"]
+
+
+def test_how_sure_a_limit_iskept() -> None:
+    """At the expected value one half, at the ends of the 90 % interval 5 and 95 %; unknown stays unknown."""
+    value = Range(low=50.0, expected=100.0, high=300.0)
+    assert kept(value, 100.0) == pytest.approx(0.5, abs=1e-3)
+    assert kept(value, 300.0) == pytest.approx(0.95, abs=1e-3)
+    assert kept(value, 50.0) == pytest.approx(0.05, abs=1e-3)
+    assert kept(value, None) is None and kept(None, 5.0) is None
+    flat = Range(low=7.0, expected=7.0, high=7.0)
+    assert (kept(flat, 7.0), kept(flat, 6.9)) == (1.0, 0.0)
 
 
 def test_cheapest_and_fastest_are(answered: tuple[Path, dict[str, Any], str]) -> None:
@@ -282,4 +311,43 @@ def test_other_objectives(objective: str, tmp_path: Path) -> None:
     steady = [o[key] for o in value["options"] if o["terms"] != "spot" and o[key] is not None]
     assert value["options"][0][key] == min(steady)
     shown = run(["size", *EIGHT_B, "--hardware", "gcp", "--objective", objective], tmp_path).output
-    assert "kWh (accelerators' power limit" in " ".join(shown.split())
+    assert "kWh, server and cooling included" in " ".join(shown.split())
+
+
+def test_a_region_is_of_its_own_cloud(tmp_path: Path) -> None:
+    """Nebius and Google both call a region us-central1; only the latter's electricity is known by that name."""
+    args = [
+        "size",
+        *EIGHT_B,
+        "--most",
+        "8",
+        "--hardware",
+        "nebius",
+        "--format",
+        "json",
+        "--dry-run",
+    ]
+    unknown = json.loads(run(args, tmp_path).stdout)["options"]
+    assert all(o["co2e_kg"] is None and o["energy_kwh"] > 0 for o in unknown)
+    known = json.loads(run([*args, "--region", "us-central1"], tmp_path).stdout)["options"]
+    assert all(o["co2e_low_kg"] < o["co2e_kg"] < o["co2e_high_kg"] for o in known)
+    assert all("us-central1, operational" in o["co2e_of"] for o in known)
+
+
+def test_spot_alone_keeps_the_limits(tmp_path: Path) -> None:
+    """Then it is shown, and said to be one."""
+    args = [
+        "size",
+        "--model",
+        "llama-3-8b",
+        "--tokens",
+        "2B",
+        "--hardware",
+        "nebius",
+        "--deadline",
+        "6h",
+    ]
+    told = run([*args, "--budget", "150usd", "--dry-run"], tmp_path)
+    assert told.exit_code == 0, told.output
+    assert "at a spot price: no steady price keeps the limits" in " ".join(told.output.split())
+    assert "A keeps the deadline of 6.0 h with" in told.output
