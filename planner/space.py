@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,12 @@ class Target:
     name: str
     says: str
     kinds: tuple[str, ...]
-    """Kinds of rules that hold (planner/rules.py)."""
+    """Kinds of rules that hold (planner/rules/)."""
     software: Software | None
     """Null = DeepSpeed's on this hardware."""
     zero: tuple[int, ...]
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    """What it cannot vary, as the integers of the candidate arrays; a person's own flags come before."""
 
     def software_on(self, cluster: Cluster) -> Software:
         return self.software or software_for(cluster)
@@ -57,6 +59,11 @@ TARGETS = {
     "deepspeed": Target(
         name="deepspeed", says="what DeepSpeed executes; `outlay run` may not",
         kinds=("arithmetic", "deepspeed"), software=None, zero=(0, 1, 2, 3),
+    ),
+    "trainer": Target(
+        name="trainer", says="what transformers' Trainer and Accelerate execute: `outlay emit` writes it for them",
+        kinds=("arithmetic", "deepspeed"), software=None, zero=(0, 1, 2, 3),
+        fixed={"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "sp": 1, "ep": 1, "loss": 0, "recompute_layers": _NULL},
     ),
     "megatron": Target(
         name="megatron", says="Megatron-Core's conventions: estimated only, neither DeepSpeed nor `outlay run`",
@@ -81,7 +88,8 @@ def candidates_for(
     target: Target = TARGETS["runner"],
 ) -> tuple[Candidates, int]:
     """(what the rules of the target leave, how many were looked at); dp and grad_accum follow."""
-    fixed, x = fixed or {}, Context(spec=spec, job=job, cluster=cluster)
+    fixed = {**target.fixed, **(fixed or {})}
+    x = Context(spec=spec, job=job, cluster=cluster)
     spread = _spread(spec, job, cluster, fixed, target)
     legal = spread.take(allowed(spread, x, kinds=target.kinds)) if len(spread) else spread
     if not len(legal):
@@ -95,7 +103,7 @@ def spread_of(
     spec: ModelSpec, job: Job, cluster: Cluster, fixed: dict[str, int], target: Target
 ) -> Candidates:
     """The first stage before any rule: what a refusal is explained with."""
-    return _spread(spec, job, cluster, fixed, target)
+    return _spread(spec, job, cluster, {**target.fixed, **fixed}, target)
 
 
 def _parallel(
@@ -192,7 +200,7 @@ def _filled(columns: dict[str, Any], size: int) -> Candidates:
 def _recomputed(spec: ModelSpec, fixed: dict[str, int], target: Target) -> list[tuple[int, int]]:
     """(activation_checkpointing, recompute_layers): none, selective, all, and quarters of the layers."""
     none, selective, full = range(len(CHECKPOINTING))
-    modes: tuple[int, ...] = (none, selective, full)
+    modes: tuple[int, ...] = (none, full) if target.name == "trainer" else (none, selective, full)
     modes = (fixed["activation_checkpointing"],) if "activation_checkpointing" in fixed else modes
     if "recompute_layers" in fixed:
         return [(m, fixed["recompute_layers"]) for m in modes]
@@ -206,7 +214,7 @@ def _micro_batches(
 ) -> Candidates:
     """Each spread with every micro-batch that divides its share, recomputation and loss."""
     micro = [fixed["micro_batch"]] if "micro_batch" in fixed else divisors(job.global_batch)
-    losses = [fixed["loss"]] if "loss" in fixed else ([0, 2] if target.name == "deepspeed" else [0])
+    losses = [fixed["loss"]] if "loss" in fixed else ([0] if target.name == "megatron" else [0, 2])
     again = _recomputed(spec, fixed, target)
     inner = np.array(
         [(m, a, r, loss) for m in micro for a, r in again for loss in losses], np.int64

@@ -12,12 +12,12 @@ from copy import deepcopy
 from importlib import resources
 from typing import Any
 
-from outlay.planner.emit.deepspeed import deepspeed_config
+from outlay.planner.emit.order import Emitted, Order, require_plain
 from outlay.planner.spec.files import to_json
 from outlay.planner.spec.job import Job
-from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.plan import Plan
-from outlay.profiles.errors import UsageError
+
+CHECKED_AGAINST = "transformers 5.23.0, training_args.py"
 
 _OWNED = (
     "train_batch_size",
@@ -28,29 +28,7 @@ _OWNED = (
 _OWNED_OF_OPTIMIZER = ("lr", "betas", "eps", "weight_decay")
 
 
-def _require_trainer_runs(plan: Plan, where: str) -> None:
-    """Raise UsageError for what a plain Trainer would silently do otherwise."""
-    strategy, job = plan.strategy, plan.job
-    problems = {
-        "tensor, pipeline, context or sequence parallelism": strategy.world != strategy.dp,
-        "expert parallelism": strategy.ep > 1,
-        f"a {strategy.loss} loss": strategy.loss != "plain",
-        "selective recomputation": strategy.activation_checkpointing == "selective",
-        "recomputation of some layers only": strategy.recompute_layers is not None,
-        "adapters": job.finetune is not None,
-        "an optimizer without betas": job.optimizer.name == "sgd",
-    }
-    for what, present in problems.items():
-        if present:
-            raise UsageError(
-                f"the plan has {what}, which the emitted Trainer set-up does not do",
-                where=where,
-                why=f"strategy {strategy.label()}, optimizer {job.optimizer.name}",
-                do="emit deepspeed for the JSON alone, or plan without it",
-            )
-
-
-def _schedule(job: Job) -> dict[str, Any]:
+def schedule_arguments(job: Job) -> dict[str, Any]:
     """The Trainer's scheduler that ends where the job's does."""
     schedule = job.schedule
     arguments: dict[str, Any] = {"warmup_steps": schedule.warmup_steps}
@@ -61,6 +39,18 @@ def _schedule(job: Job) -> dict[str, Any]:
         return arguments | {
             "lr_scheduler_type": "cosine_with_min_lr",
             "lr_scheduler_kwargs": kwargs,
+        }
+    if schedule.name == "wsd":
+        decay = {
+            "num_decay_steps": round(
+                schedule.decay_fraction * max(1, job.steps - schedule.warmup_steps)
+            ),
+            "decay_type": "linear",
+            "min_lr_ratio": schedule.final_fraction,
+        }
+        return arguments | {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": decay,
         }
     end = {"lr_end": schedule.final_fraction * job.optimizer.lr, "power": 1.0}
     return arguments | {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": end}
@@ -81,7 +71,7 @@ def training_arguments(plan: Plan) -> dict[str, Any]:
         "adam_epsilon": optimizer.eps,
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": job.gradient_clipping,
-        **_schedule(job),
+        **schedule_arguments(job),
         "bf16": job.precision == "bf16",
         "fp16": job.precision == "fp16",
         "gradient_checkpointing": strategy.activation_checkpointing == "full",
@@ -127,7 +117,11 @@ def launch_command(plan: Plan) -> str:
         words += ["--standalone"]
     else:
         words += [f"--nnodes={nodes}"]
-    lines = ["#!/bin/sh", "# sh launch.sh TEXT_FILE...: from within this folder", "set -e"]
+    lines = [
+        "#!/bin/sh",
+        f"# sh launch.sh TEXT_FILE...: from within this folder. Arguments of {CHECKED_AGAINST}",
+        "set -e",
+    ]
     if plan.cluster.kind == "cpu":
         lines += ["export DS_ACCELERATOR=cpu"]
     command = shlex.join(words)
@@ -137,21 +131,37 @@ def launch_command(plan: Plan) -> str:
     return "\n".join([*lines, f'exec {command} train.py "$@"', ""])
 
 
-def trainer_files(plan: Plan, spec: ModelSpec, where: str, nvme_path: str | None) -> dict[str, str]:
-    """File name → text. Raises UsageError where a plain Trainer could not do what the plan says."""
-    _require_trainer_runs(plan, where)
-    config = deepspeed_config(plan.job, plan.strategy, spec, plan.cluster, nvme_path=nvme_path)
-    model = {
-        "config": plan.model.config,
-        "weights": plan.model.weights,
-        "seq_len": plan.job.seq_len,
-        "attention": plan.job.attention,
-    }
-    script = resources.files("outlay.planner.emit") / "trainer_script.txt"
+def script(name: str) -> str:
+    """One of the program texts beside this module."""
+    return (resources.files("outlay.planner.emit") / name).read_text(encoding="utf-8")
+
+
+def model_file(order: Order) -> str:
+    """model.json: the configuration, the weights and how they are used."""
+    job = order.plan.job
+    return to_json(
+        {
+            "config": order.plan.model.config,
+            "weights": order.weights,
+            "seq_len": job.seq_len,
+            "attention": job.attention,
+        }
+    )
+
+
+def trainer_files(order: Order, target: str) -> dict[str, str]:
+    """File name → text of what every rank needs to run train.py, for `target`'s launcher."""
+    require_plain(order, target)
     return {
-        "ds_config.json": to_json(trainer_deepspeed(config)),
-        "training_args.json": to_json(training_arguments(plan)),
-        "model.json": to_json(model),
-        "train.py": script.read_text(encoding="utf-8"),
-        "launch.sh": launch_command(plan),
+        "ds_config.json": to_json(trainer_deepspeed(order.deepspeed)),
+        "training_args.json": to_json(training_arguments(order.plan)),
+        "model.json": model_file(order),
+        "pieces.py": script("pieces_script.txt"),
+        "train.py": script("trainer_script.txt"),
     }
+
+
+def emit_trainer(order: Order) -> Emitted:
+    """Arguments, JSON, script and command. Raises UsageError where a plain Trainer could not do it."""
+    files = trainer_files(order, "trainer") | {"launch.sh": launch_command(order.plan)}
+    return Emitted(files=files, command="sh launch.sh TEXT_FILE...")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from outlay.planner.emit.optimizer import OWN
 from outlay.planner.rules import Context, broken
 from outlay.planner.spec.families import spec_from_config
 from outlay.planner.spec.model import ModelSpec
@@ -33,6 +34,11 @@ def writable_spec(plan: Plan, where: str, nvme_path: str | None) -> ModelSpec:
         )
     if nvme_path is not None and not on_nvme:
         raise UsageError("the plan offloads nothing to NVMe", where="--nvme-path")
+    if plan.job.optimizer.name in OWN:
+        raise UsageError(
+            f"DeepSpeed's JSON has no name for optimizer {plan.job.optimizer.name}", where=where,
+            why="`outlay run` builds it itself", do="plan with adamw, or run the plan with `outlay run`",
+        )  # fmt: skip
     if plan.job.precision not in _DEEPSPEED_PRECISION:
         raise UsageError(
             f"DeepSpeed's JSON has no words for {plan.job.precision}",

@@ -70,7 +70,7 @@ class Plan:
     feasible: int
     alternatives: tuple[Alternative, ...] = ()
     target: str = "runner"
-    """Whose trainer it is for: runner | deepspeed | megatron; `outlay run` takes the first."""
+    """Whose trainer it is for: runner | deepspeed | trainer | megatron; `outlay run` takes the first."""
     legal: int | None = None
     """Of those looked at, what no rule forbids."""
     limited_by: str | None = None

@@ -78,7 +78,7 @@ def test_a_folder_with_something_in_it_is_left_alone(plan: Plan, tmp_path: Path)
     ("change", "says"),
     [
         ({"recompute_layers": 2, "activation_checkpointing": "full"}, "some layers only"),
-        ({"dp": 1, "tp": 2, "grad_accum": 8, "micro_batch": 1}, "tensor, pipeline"),
+        ({"dp": 1, "tp": 2, "grad_accum": 8, "micro_batch": 1}, "tensor parallelism"),
         ({"loss": "chunked"}, "chunked loss"),
         ({"activation_checkpointing": "selective"}, "selective"),
     ],
@@ -93,7 +93,7 @@ def test_what_a_plain_trainer_would_not_do_is_refused(
 
 
 def test_offload_to_nvme_asks_for_its_folder(plan: Plan, tmp_path: Path) -> None:
-    nvme = dataclasses.replace(plan.strategy, offload_optimizer="nvme")
+    nvme = dataclasses.replace(plan.strategy, zero=3, offload_optimizer="nvme")
     other = dataclasses.replace(plan, strategy=nvme)
     assert "--nvme-path" in str(_emit(other, tmp_path, "deepspeed").exception)
     result = _emit(other, tmp_path, "deepspeed", "--nvme-path", "/drive")
@@ -108,7 +108,7 @@ def test_a_precision_without_words_is_refused(plan: Plan, tmp_path: Path) -> Non
     assert "fp8" in str(_emit(fp8, tmp_path, "deepspeed").exception)
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
 def test_the_schedule_ends_where_the_jobs_does(name: Any, plan: Plan) -> None:
     job = dataclasses.replace(plan.job, schedule=Schedule(name=name, final_fraction=0.2))
     arguments = training_arguments(dataclasses.replace(plan, job=job))
@@ -116,6 +116,10 @@ def test_the_schedule_ends_where_the_jobs_does(name: Any, plan: Plan) -> None:
         "constant": ("constant_with_warmup", None),
         "linear": ("polynomial", {"lr_end": 0.2 * job.optimizer.lr, "power": 1.0}),
         "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.2}),
+        "wsd": (
+            "warmup_stable_decay",
+            {"num_decay_steps": job.steps // 10, "decay_type": "linear", "min_lr_ratio": 0.2},
+        ),
     }
     found = (arguments["lr_scheduler_type"], arguments.get("lr_scheduler_kwargs"))
     assert found == wanted[name]

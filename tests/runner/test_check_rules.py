@@ -77,6 +77,6 @@ def test_a_run_that_is_done_is_not_resumed(plan: Plan, tmp_path: Path) -> None:
 
 def test_the_planner_recommends_the_pipelines_that_the_runner_knows() -> None:
     from outlay.planner.rules import PIPELINE_FAMILIES
-    from outlay.runner.pipeline import LAYOUTS
+    from outlay.runner.layouts import LAYOUTS
 
     assert sorted(LAYOUTS) == list(PIPELINE_FAMILIES)

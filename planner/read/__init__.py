@@ -1,0 +1,1 @@
+"""What a person's configuration file says: each format in, with the line of every key."""

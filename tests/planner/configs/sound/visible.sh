@@ -1,0 +1,3 @@
+CUDA_VISIBLE_DEVICES=0,1 deepspeed run_clm.py --model_name_or_path gpt2 --output_dir out --per_device_train_batch_size 1 \
+    --gradient_accumulation_steps 16 --learning_rate 2e-5 --num_train_epochs 1 \
+    --bf16 true --deepspeed trainer-auto.json
