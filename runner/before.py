@@ -27,8 +27,11 @@ def limit_options(function: F) -> F:
             "--when-over",
             type=click.Choice(["anneal", "cut", "stop", "ask"]),
             help="When the forecast exceeds the budget: end the learning rate within it (anneal, the "
-            "default), keep the planned rate and end at the budget, stop at once, or stop and ask.",
+            "default), keep the planned rate and end at the budget (cut), stop at once, or ask and go on "
+            "as with anneal until there is an answer.",
         ),
+        click.option("--rate", multiple=True,
+                     help="USD for one of a currency, for --budget 5000eur: eur=1.08; repeatable."),
         click.option("--walltime", help="Of this start, e.g. 24h: stop, save and exit 75 in time."),
         click.option("--minimum-billing", help="Shortest time that is billed, e.g. 1h."),
         click.option("--power-w", type=float, help="Most that all of this machine draws, watts."),
@@ -103,7 +106,7 @@ def _range(plan: Plan, meter: Meter, startup_s: float, steps: int) -> str:
     return f"{meter.in_words(now_s + steps * low_s)} to {meter.in_words(now_s + steps * high_s)}"
 
 
-def summary(plan: Plan, meter: Meter, limits: Limits) -> str:
+def summary(plan: Plan, meter: Meter, limits: Limits, run_dir: str = "RUN") -> str:
     """What is about to be started, for a person who pays."""
     low_s, step_s, high_s = _step_s(plan)
     lines = [f"{plan.model.name}, {plan.job.steps:,} steps, {plan.strategy.label()}"]
@@ -116,6 +119,10 @@ def summary(plan: Plan, meter: Meter, limits: Limits) -> str:
             lines[-1] += f", {mid} ({low} to {high})"
     budgets = " and ".join(str(b) for b in plan.job.budget) or "none"
     lines.append(f"budget {budgets}; when it is too small for all steps: {limits.when_over}")
+    if limits.when_over == "ask":
+        from outlay.runner.question import how_asked
+
+        lines.append(how_asked(run_dir))
     if meter.energy is not None:
         pue, source = limits.used_pue()
         lines.append(f"energy {meter.energy.source} ({source})" if pue > 1 else meter.energy.source)

@@ -22,17 +22,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from outlay.planner.spec.files import to_json, write_text
 from outlay.planner.spec.job import Budget
 from outlay.profiles.errors import MissingExtra, OutlayError, UsageError
-from outlay.profiles.units import format_seconds
-from outlay.runner.budget import Bounds, EnergyReading, Meter, Spent, amount_of, process_started_s
+from outlay.profiles.money import parse_rates
+from outlay.runner.budget import Bounds, Meter, Spent, amount_of, process_started_s
+from outlay.runner.callback_report import FORECAST_AT, Report
 from outlay.runner.control import Controller, Decision, Stop
-from outlay.runner.forecast import Forecast
 from outlay.runner.ledger import Entry, Ledger, OpenRun, Want
 from outlay.runner.limits import Limits
 
@@ -40,67 +40,17 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
     from transformers import TrainerCallback
 
-SCHEMA_REPORT = "outlay/guard@1"
+    from outlay.runner.reshape import Reshaper
+
 REHEARSE_AFTER = 3
 """Steps before the first save, and those that are left out of the timings."""
 BEAT_S = 10.0
 """Between entries in the ledger: one is a write that is forced to disk, some milliseconds."""
-FORECAST_AT = 0.2
-"""Of the steps: the forecast that the report keeps."""
 UNKNOWN_SAVE_S = 5.0
 """Taken for the first save before one was timed, where the size of the model is not known."""
 ENDLESS = 2**62
 
-When = Literal["cut", "stop"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What was predicted and what came: `outlay-report.json`."""
-
-    state: Literal["done", "budget", "stopped"]
-    reason: str
-    steps: int
-    """Done by this process."""
-    spent: Spent
-    """By all attempts of the run."""
-    step_s: float | None
-    """Mean of the timed steps, saves and evaluations included; null = too few."""
-    predicted_step_s: tuple[float, float, float] | None
-    """Low, expected, high of the plan; null without a plan."""
-    forecast: Forecast | None
-    """Of the whole run's wall time, at 20 % of the steps; null = the number of steps is not known."""
-    saved: bool
-    """The last step is in a checkpoint."""
-    schema: str = SCHEMA_REPORT
-
-    def text(self) -> str:
-        """For a person."""
-        lines = [f"outlay: {self.state}: {self.reason}; {self.steps:,} steps, {_spent(self.spent)}"]
-        if self.predicted_step_s is not None and self.step_s is not None:
-            low, mid, high = (format_seconds(s) for s in self.predicted_step_s)
-            off = self.step_s / self.predicted_step_s[1] - 1
-            lines.append(
-                f"  step {format_seconds(self.step_s)}, predicted {mid} ({low} to {high}): {off:+.0%}"
-            )
-        if self.forecast is not None:
-            f = self.forecast
-            low, mid, high = (format_seconds(s) for s in (f.low_s, f.expected_s, f.high_s))
-            lines.append(
-                f"  forecast at {FORECAST_AT:.0%} of the steps, for all: {mid} ({low} to {high}); "
-                f"used {format_seconds(self.spent.wall_s)}"
-            )
-        return "\n".join(lines)
-
-
-def _spent(spent: Spent) -> str:
-    parts = [format_seconds(spent.wall_s)]
-    if spent.cost_usd is not None:
-        parts.append(f"{spent.cost_usd:.4g} USD")
-    if spent.energy_kwh is not None:
-        parts.append(f"{spent.energy_kwh:.4g} kWh")
-    used = "" if spent.fraction is None else f", {spent.fraction:.1%} of the budget"
-    return " and ".join(parts) + used
+When = Literal["anneal", "cut", "stop"]
 
 
 class _Endless(Controller):
@@ -115,8 +65,11 @@ class Guard:
 
     budget            "2usd", "1h", "10gpuh", or several; "project" in project= draws on its budget
     price_usd_per_h   of all that is rented; needed for money
+    rate              "eur=1.08": USD for one, for budgets in another currency
     steps             of the whole loop, where that is known: gives forecasts
     save              called after the third step, and before the stop; without it use `saving()`
+    scheduler         torch's, stepped once a step: its rate then ends within the budget
+    when_over         "anneal" (with a scheduler the default), "cut" (without), "stop"
     plan              plan.yaml: its prediction is set against what is measured
     started_s         on CLOCK_MONOTONIC, since when time counts; null = the start of this process
     run               a name that later processes continue: what earlier ones spent counts
@@ -127,9 +80,11 @@ class Guard:
         budget: str | Sequence[str] = (),
         *,
         price_usd_per_h: float | None = None,
+        rate: str | Sequence[str] = (),
         steps: int | None = None,
         save: Callable[[], object] | None = None,
-        when_over: When = "cut",
+        scheduler: Any = None,
+        when_over: When | None = None,
         accelerators: int = 1,
         plan: str | Path | None = None,
         run: str | None = None,
@@ -137,16 +92,14 @@ class Guard:
         project: str | None = None,
         tags: Sequence[str] = (),
         ledger: str | None = None,
-        energy: EnergyReading | None = None,
-        kgco2e_per_kwh: float | None = None,
-        minimum_s: float = 0.0,
         started_s: float | None = None,
         report: str | Path | None = None,
         say: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        **metering: Any,
     ) -> None:
-        texts = [budget] if isinstance(budget, str) else list(budget)
-        budgets = [Budget.parse(text, where="budget") for text in texts]
+        """`metering`: energy, kgco2e_per_kwh, minimum_s, as those of `Meter`."""
+        budgets = list(parse_budgets(budget, rate))
         if steps is not None and steps < 1:
             raise UsageError(f"a loop of {steps} steps has nothing to guard", where="steps")
         price, self._predicted, total_s = _of_plan(plan, price_usd_per_h)
@@ -154,19 +107,7 @@ class Guard:
         self._ledger = self._opened(ledger, project)
         name = run or f"{platform.node()}:{os.getpid()}:{time.time_ns()}"
         earlier = None if self._ledger is None else self._ledger.spent(name)
-        self._entry = Entry(
-            run=name,
-            user=user or Limits().user,
-            project=project,
-            tags=tuple(tags),
-            tool="guard",
-            machine=platform.node(),
-            accelerators=accelerators,
-            price_usd_per_h=price,
-            price_source=None if price is None else "price_usd_per_h",
-            predicted_s=total_s,
-            predicted_usd=None if price is None or total_s is None else price * total_s[1] / 3600,
-        )
+        self._entry = _entry(name, user, project, tags, accelerators, price, total_s)
         self._open, budgets = self._enter(budgets, earlier)
         if not budgets:
             raise UsageError(
@@ -178,25 +119,34 @@ class Guard:
             accelerators=accelerators,
             started_s=process_started_s() if started_s is None else started_s,
             earlier=earlier,
-            energy=energy,
-            kgco2e_per_kwh=kgco2e_per_kwh,
-            minimum_s=minimum_s,
             clock=clock,
+            **metering,
         )
-        self.bounds = Bounds(step_guess_s=0.0, parameters=0, write_bytes_per_s=1.0)
-        self.bounds.save.guess(UNKNOWN_SAVE_S if save is not None else 0.0)
-        self.bounds.export.guess(0.0)
-        kind = _Endless if steps is None else Controller
-        self.control = kind(
-            self.meter, self.bounds, steps=steps or ENDLESS, policy=when_over, skip=REHEARSE_AFTER
-        )  # type: ignore[arg-type]
         self._steps, self._save, self._clock = steps, save, clock
+        self.control = self._controller(when_over, scheduler)
         self._report_path = None if report is None else Path(report)
         self.done, self._saved_at, self._forecast = 0, -1, None
         self._mark_s = self._beat_s = clock()
         self.why: Stop | Literal["ledger"] | None = None
         self._closed: Report | None = None
         atexit.register(self.close)  # a loop that ends by an exception is booked, too
+
+    def _controller(self, when_over: When | None, scheduler: Any) -> Controller:
+        self.bounds = Bounds(step_guess_s=0.0, parameters=0, write_bytes_per_s=1.0)
+        self.bounds.save.guess(UNKNOWN_SAVE_S if self._save is not None else 0.0)
+        self.bounds.export.guess(0.0)
+        self._reshaper = None
+        if scheduler is not None and when_over in (None, "anneal"):
+            self._reshaper = reshaper([scheduler], self._steps, self._say)
+            when_over = "cut" if self._reshaper is None else "anneal"
+        if self._steps is None:
+            return _Endless(
+                self.meter, self.bounds, steps=ENDLESS, policy="cut", skip=REHEARSE_AFTER
+            )
+        policy = when_over or "cut"
+        return Controller(
+            self.meter, self.bounds, steps=self._steps, policy=policy, skip=REHEARSE_AFTER
+        )
 
     def _opened(self, file: str | None, project: str | None) -> Ledger | None:
         """Only a project cannot do without it."""
@@ -229,6 +179,11 @@ class Guard:
         return run, budgets
 
     @property
+    def total_steps(self) -> int:
+        """Where the schedule ends now: with `anneal`, fewer than `steps` where the budget ends before."""
+        return self.control.total_steps
+
+    @property
     def stop_now(self) -> bool:
         """Whether the last `step()` said stop."""
         return self.why is not None
@@ -255,6 +210,8 @@ class Guard:
         for text in decision.warnings:
             self._say(f"outlay: {text}")
         self.why = self.why or decision.stop
+        if self._reshaper is not None:
+            self._reshaper.retarget(self.done, decision.total_steps)
         if self._forecast is None and self._steps and self.done >= FORECAST_AT * self._steps:
             self._forecast = self.control.forecast(self.done)
         self._beat(now_s)
@@ -346,6 +303,53 @@ class Guard:
 
 
 _NOTHING = Spent(wall_s=0.0, cost_usd=0.0, gpu_hours=0.0, fraction=None)
+
+
+def parse_budgets(budget: str | Sequence[str], rate: str | Sequence[str]) -> tuple[Budget, ...]:
+    """A wrong one is told before anything is trained."""
+    rates = parse_rates(rate)
+    texts = [budget] if isinstance(budget, str) else budget
+    return tuple(Budget.parse(text, where="budget", rates=rates) for text in texts)
+
+
+def reshaper(
+    schedulers: Sequence[Any], steps: int | None, say: Callable[[str], None]
+) -> Reshaper | None:
+    """For the policy `anneal`; null, said, where these schedulers cannot end earlier than planned."""
+    from outlay.runner.reshape import Reshaper, unfit
+
+    why = "the number of steps is not known" if steps is None else unfit(schedulers)
+    if why is None and steps is not None:
+        return Reshaper(schedulers, steps)
+    say(
+        f"outlay: the learning rate cannot be made to end within the budget: {why}; "
+        "a training that is longer stops there, with the rate that it has then"
+    )
+    return None
+
+
+def _entry(
+    name: str,
+    user: str | None,
+    project: str | None,
+    tags: Sequence[str],
+    accelerators: int,
+    price: float | None,
+    total_s: tuple[float, float, float] | None,
+) -> Entry:
+    return Entry(
+        run=name,
+        user=user or Limits().user,
+        project=project,
+        tags=tuple(tags),
+        tool="guard",
+        machine=platform.node(),
+        accelerators=accelerators,
+        price_usd_per_h=price,
+        price_source=None if price is None else "price_usd_per_h",
+        predicted_s=total_s,
+        predicted_usd=None if price is None or total_s is None else price * total_s[1] / 3600,
+    )
 
 
 def _of_plan(

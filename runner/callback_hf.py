@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from outlay.planner.spec.job import Budget
 from outlay.runner.budget import Bounds, UpperBound, measure_write_rate
-from outlay.runner.callback import Guard, Report
+from outlay.runner.callback import Guard, Report, parse_budgets, reshaper
+from outlay.runner.reshape import Reshaper
 from outlay.runner.votes import Votes
 
 
@@ -20,8 +21,8 @@ class BudgetCallback(TrainerCallback):  # type: ignore[misc]
     """Rank 0 meters and decides; all ranks hear the same. `report` is there after the training."""
 
     def __init__(self, budget: str | Sequence[str] = (), **options: Any) -> None:
-        for text in [budget] if isinstance(budget, str) else budget:
-            Budget.parse(text, where="budget")  # a wrong one is told before anything is trained
+        parse_budgets(budget, options.get("rate", ()))
+        self._clock: Callable[[], float] = options.get("clock", time.monotonic)
         self._budget, self._options = budget, options
         self.guard: Guard | None = None
         self.report: Report | None = None
@@ -29,16 +30,27 @@ class BudgetCallback(TrainerCallback):  # type: ignore[misc]
         self._evaluate = UpperBound(0.0, slack_s=0.1)
         self._extra_s = 0.0
         self._stopping = False
+        self._reshaper: Reshaper | None = None
+        self._first_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stopping = False
         self._votes = Votes(dist.get_world_size() if dist.is_initialized() else 1)
+        self._first_step, steps = state.global_step, state.max_steps - state.global_step
+        options: dict[str, Any] = {"when_over": "anneal", **self._options}
+        if options["when_over"] == "anneal":
+            schedulers = [kwargs["lr_scheduler"]] if kwargs.get("lr_scheduler") else []
+            say = options.get("say") or (lambda text: print(text, file=sys.stderr, flush=True))
+            lead = state.is_world_process_zero
+            self._reshaper = reshaper(schedulers, steps, say if lead else lambda _: None)
+            options["when_over"] = "cut" if self._reshaper is None else "anneal"
         if not state.is_world_process_zero:
             return
-        options: dict[str, Any] = {"accelerators": args.world_size, **self._options}
-        self.guard = Guard(self._budget, steps=state.max_steps - state.global_step, **options)
+        self.guard = Guard(
+            self._budget, steps=steps, **{"accelerators": args.world_size, **options}
+        )
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = kwargs["model"]
@@ -54,30 +66,33 @@ class BudgetCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         stop = first_save = no_save = no_evaluation = False
+        end = 0
         if self.guard is not None:
             first_save = self.guard.look()
-            stop = self.guard.stop_now
+            stop, end = self.guard.stop_now, self.guard.total_steps
             no_save, no_evaluation = self._too_dear(control, kwargs)
-        said = self._agree(stop, first_save, no_save, no_evaluation)
-        self._stopping, first_save, no_save, no_evaluation = said
+        *said, end = self._agree(stop, first_save, no_save, no_evaluation, end)
+        self._stopping, first_save, no_save, no_evaluation = map(bool, said)
+        if self._reshaper is not None:
+            self._reshaper.retarget(state.global_step - self._first_step, end)
         if self._stopping:
             control.should_training_stop = control.should_save = True
         control.should_save = (control.should_save and not no_save) or first_save or self._stopping
         control.should_evaluate = control.should_evaluate and not (self._stopping or no_evaluation)
-        self._extra_s = time.monotonic()
+        self._extra_s = self._clock()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # an epoch that is cut short ends here, too; its state is saved already
-        no_save, no_evaluation = self._agree(*self._too_dear(control, kwargs))
+        no_save, no_evaluation = map(bool, self._agree(*self._too_dear(control, kwargs)))
         control.should_save = control.should_save and not (self._stopping or no_save)
         control.should_evaluate = control.should_evaluate and not (self._stopping or no_evaluation)
-        self._extra_s = time.monotonic()
+        self._extra_s = self._clock()
 
-    def _agree(self, *wishes: bool) -> list[bool]:
+    def _agree(self, *wishes: int) -> list[int]:
         assert self._votes is not None
-        return [bool(n) for n in self._votes.largest(*(int(wish) for wish in wishes))]
+        return self._votes.largest(*(int(wish) for wish in wishes))
 
     def _too_dear(self, control: TrainerControl, kwargs: dict[str, Any]) -> tuple[bool, bool]:
         """Whether a save and an evaluation that are due do not fit before the end."""
@@ -98,16 +113,16 @@ class BudgetCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.guard is not None and self.report is None:
-            self._evaluate.add(time.monotonic() - self._extra_s)
-            self._extra_s = time.monotonic()
+            self._evaluate.add(self._clock() - self._extra_s)
+            self._extra_s = self._clock()
             self.guard.resumed()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.guard is not None and self.report is None:
-            self.guard.saved(time.monotonic() - self._extra_s)
-            self._extra_s = time.monotonic()
+            self.guard.saved(self._clock() - self._extra_s)
+            self._extra_s = self._clock()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -23,6 +23,12 @@ SPEED_AFTER = 8
 """Steps that are measured before a forecast is made."""
 SURE_AFTER = 50
 """Steps before a run is ended for its forecast alone."""
+ASK_AFTER = 20
+"""Steps before anybody is asked about a forecast."""
+MOVED = 0.1
+"""Of the end that was told last: when it has moved by more, it is told again."""
+ANSWERS: tuple[Policy, ...] = ("anneal", "cut", "stop")
+"""To the question of the policy `ask`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class Decision:
     total_steps: int
     """Where the schedule ends now: the job's steps, or fewer where the money ends before."""
     warnings: tuple[str, ...]
+    question: str | None = None
+    """Asked once, under the policy `ask`; until `answer`, the run goes on as with `anneal`."""
 
 
 class Controller:
@@ -53,26 +61,50 @@ class Controller:
         self.speed = Speed(skip=skip)
         used = meter.spent().fraction or 0.0
         self._warn_at = [part for part in WARN_AT if part > used]
-        self._told_shorter = False
+        self._told_end = steps
+        self.asking = False
+        """A question is open."""
+        self._stop_now = False
 
     def decide(self, step: int) -> Decision:
         """`step` steps are done."""
         self.speed.mark(step, self.meter.elapsed_s())
         within = self.steps_within()
-        known = self.speed.steps >= SPEED_AFTER and within is not None
-        if self.policy == "anneal" and known:
-            assert within is not None
+        question = self._question(step)
+        annealing = self.policy == "anneal" or self.asking
+        if annealing and within is not None and self.speed.steps >= SPEED_AFTER:
             self.total_steps = min(self.steps, step + max(0, within))
+        elif not annealing:
+            self.total_steps = self.steps
         stop: Stop | None = None
         if within == 0:
             stop = "budget"
         elif self._walltime_over():
             stop = "walltime"
-        elif self.policy in ("stop", "ask") and self._surely_over(step):
+        elif self._stop_now or (self.policy == "stop" and self._surely_over(step)):
             stop = "forecast"
         return Decision(
-            stop=stop, total_steps=self.total_steps, warnings=tuple(self._warnings(step))
+            stop=stop,
+            total_steps=self.total_steps,
+            warnings=tuple(self._warnings(step)),
+            question=question,
         )
+
+    def _question(self, step: int) -> str | None:
+        """Due once, when the expected end is above the budget."""
+        if self.policy != "ask" or self.asking or self.speed.steps < ASK_AFTER:
+            return None
+        forecast, limit_s = self.forecast(step), self.meter.limit_s
+        if forecast is None or limit_s is None or forecast.expected_s <= limit_s:
+            return None
+        self.asking = True
+        return f"the budget ends before the schedule: {self.forecast_text(step)}"
+
+    def answer(self, policy: Policy) -> None:
+        """What to do instead of asking."""
+        if policy == "ask":
+            return
+        self.asking, self.policy, self._stop_now = False, policy, policy == "stop"
 
     def steps_within(self) -> int | None:
         """Steps that fit before the last save, evaluation and export; null without a budget.
@@ -83,10 +115,11 @@ class Controller:
         if remaining_s is None:
             return None
         upper_s = self.bounds.step.upper_s()
-        spare_s = remaining_s - self.bounds.finish_s() - upper_s
-        if spare_s < 0:
+        if remaining_s < self.bounds.finish_s() + upper_s:
             return 0
-        return 1 + int(spare_s / max(1e-9, self.speed.step_s() if self.speed.steps else upper_s))
+        spare_s = (self.meter.remaining_expected_s() or 0.0) - self.bounds.finish_s() - upper_s
+        step_s = self.speed.step_s() if self.speed.steps else upper_s
+        return 1 + int(max(0.0, spare_s) / max(1e-9, step_s))
 
     def _walltime_over(self) -> bool:
         left_s = self.walltime_left_s()
@@ -134,13 +167,20 @@ class Controller:
         lines = []
         if due:
             lines.append(f"{due[-1]:.0%} of the budget is used: {self.forecast_text(step)}")
-        if self.total_steps < self.steps and not self._told_shorter:
-            self._told_shorter = True
-            lines.append(
-                f"the budget ends before the schedule: {self.forecast_text(step)}; "
-                f"the learning rate now ends within it, about step {self.total_steps:,}"
-            )
+        if abs(self.total_steps - self._told_end) > MOVED * self._told_end or (
+            self.total_steps < self.steps == self._told_end
+        ):
+            self._told_end = self.total_steps
+            lines.append(self._end_text(step))
         return lines
+
+    def _end_text(self, step: int) -> str:
+        if self.total_steps == self.steps:
+            return f"the learning rate ends with the schedule again: {self.forecast_text(step)}"
+        return (
+            f"the budget ends before the schedule: {self.forecast_text(step)}; "
+            f"the learning rate now ends within it, about step {self.total_steps:,}"
+        )
 
     def forecast_text(self, step: int) -> str:
         """All steps in the unit of the budget that ends first, for a person."""

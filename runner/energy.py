@@ -135,7 +135,7 @@ class EnergyUse:
         self._limit_kw = sum(known) * pue / 1e3 if len(known) == len(limits) else None
         self._read_s = self._window_s = clock()
         self._kwh = self._window_kwh = self._read()
-        self._highest_kw = 0.0
+        self._highest_kw = self._latest_kw = 0.0
 
     def _read(self) -> float:
         now_j = zip(self._counters, self.base_j, strict=True)
@@ -149,7 +149,7 @@ class EnergyUse:
             lasted_s = now_s - self._window_s
             if lasted_s >= WINDOW_S:
                 power_kw = (self._kwh - self._window_kwh) * 3600 / lasted_s
-                self._highest_kw = max(self._highest_kw, power_kw)
+                self._highest_kw, self._latest_kw = max(self._highest_kw, power_kw), power_kw
                 self._window_s, self._window_kwh = now_s, self._kwh
         return self._kwh + self.upper_kw() * (now_s - self._read_s) / 3600
 
@@ -161,6 +161,10 @@ class EnergyUse:
             return self._limit_kw
         lasted_s = max(0.25, self._read_s - self._window_s)
         return UNKNOWN_MARGIN * (self._kwh - self._window_kwh) * 3600 / lasted_s
+
+    def expected_kw(self) -> float:
+        """As in the last window; before there is one, at most."""
+        return self._latest_kw or self.upper_kw()
 
 
 def energy_of(

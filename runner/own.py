@@ -17,8 +17,9 @@ LEAST_STEPS = 3
 
 def record(plan: Plan, m: Measurement) -> Path | None:
     """Append the run to this user's own measurements, beside the planner's uncorrected prediction.
-    None where nothing was written: too few steps, an accelerator whose speed is unknown, or switched off."""
-    if m.step_s is None or m.steps_timed < LEAST_STEPS:
+    None where nothing was written: too few steps, a compiled model (which is not what was predicted), an
+    accelerator whose speed is unknown, or switched off."""
+    if m.step_s is None or m.steps_timed < LEAST_STEPS or plan.job.compile:
         return None
     spec = spec_from_config(plan.model.config, name=plan.model.name, source=plan.model.source)
     found = evaluate(spec, plan.job, plan.cluster, Candidates.of([plan.strategy]), own=False)

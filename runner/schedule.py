@@ -13,15 +13,25 @@ def learning_rate(schedule: Schedule, peak: float, step: int, steps: int) -> flo
 
     Warm-up rises linearly and reaches the peak at its last step; then `linear` and `cosine`
     fall to `final_fraction` of the peak, which they reach at the last step of all
-    (cosine without restarts: Loshchilov & Hutter 2017, eq. 5).
+    (cosine without restarts: Loshchilov & Hutter 2017, eq. 5). `wsd` stays at the peak and falls
+    linearly in the last `decay_fraction` of them (Hu et al. 2024, arXiv 2404.06395, section 4).
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     if schedule.name == "constant":
         return peak
     done = min(1.0, (step - schedule.warmup_steps + 1) / max(1, steps - schedule.warmup_steps))
-    remaining = 1.0 - done if schedule.name == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    remaining = _remaining(schedule, done)
     return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * remaining)
+
+
+def _remaining(schedule: Schedule, done: float) -> float:
+    """How much of the fall is still to come, once a part `done` of the steps after the warm-up is."""
+    if schedule.name == "linear":
+        return 1.0 - done
+    if schedule.name == "wsd":
+        return min(1.0, (1.0 - done) / schedule.decay_fraction)
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Decay:
@@ -62,11 +72,7 @@ class Decay:
         peak, final = self.peak * self.reached, self.schedule.final_fraction
         if self.schedule.name == "constant":
             return peak
-        done = self._done(step)
-        rest = (
-            1.0 - done if self.schedule.name == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        )
-        return peak * (final + (1 - final) * rest)
+        return peak * (final + (1 - final) * _remaining(self.schedule, self._done(step)))
 
     def state(self) -> dict[str, float]:
         """For the checkpoint."""
@@ -94,4 +100,8 @@ def check_schedule(schedule: Schedule, steps: int) -> None:
     if not 0 <= schedule.final_fraction <= 1:
         raise UsageError(
             f"schedule.final_fraction must lie between 0 and 1, not {schedule.final_fraction:g}"
+        )
+    if not 0 < schedule.decay_fraction <= 1:
+        raise UsageError(
+            f"schedule.decay_fraction must lie in (0, 1], not {schedule.decay_fraction:g}"
         )

@@ -15,11 +15,17 @@ from outlay.runner.events import EventLog, Follower
 from outlay.runner.failures import cause_of
 from outlay.runner.folder import HEARTBEAT_S, Attempts, RunFolder
 from outlay.runner.processes import Ranks, Signals
+from outlay.runner.question import Prompt
 from outlay.runner.telemetry import Progress
 
 POLL_S = 0.1
+NEAR_END_S, NEAR_END_POLL_S = 2.0, 0.02
+"""With less than that left of the budget, it is looked at so often."""
 CUT_OFF_S = 0.4
-"""Left of the budget when whatever still runs is killed: the guard, should all bounds be wrong."""
+"""Left of the budget when whatever still runs is killed: the guard, should all bounds be wrong.
+Twice the time by which this process woke late is added: once for the look, once for the kill."""
+LATE_FADES = 0.98
+"""A wait: what was late half a minute ago counts little."""
 EXIT_GRACE_S = 10.0
 """For ranks to end by themselves once the outcome is on disk."""
 ORPHAN_GRACE_S = 5.0
@@ -36,6 +42,7 @@ class Seen:
     saved_step: int | None = None
     checkpoint: str | None = None
     loss: float | None = None
+    export: str | None = None
     ready: set[int] = field(default_factory=set)
 
 
@@ -61,6 +68,8 @@ class Supervisor:
         self._beat_s = time.monotonic()
         self._booking = Booking(None, None) if booking is None else booking
         self._ended_by: str | None = None
+        self._prompt = Prompt(folder)
+        self._late_s = 0.0
         self._reserved = True
 
     def watch(self, ranks: Ranks, signals: Signals) -> None:
@@ -84,15 +93,26 @@ class Supervisor:
             if self._must_kill(signals, kill_at_s):
                 ranks.kill()
                 ranks.wait(EXIT_GRACE_S)
-            time.sleep(POLL_S)
+            left_s = self._meter.remaining_s()
+            near = left_s is not None and left_s < NEAR_END_S
+            self._wait(NEAR_END_POLL_S if near else POLL_S)
         self._look()
+
+    def _wait(self, seconds: float) -> None:
+        """On a machine that is overloaded this process is late, and so will be its kill."""
+        began_s = time.monotonic()
+        time.sleep(seconds)
+        late_s = time.monotonic() - began_s - seconds
+        self._late_s = max(LATE_FADES * self._late_s, late_s)
 
     def _look(self) -> None:
         """Read new events, show them, and note what is spent."""
         for event in self._follower.new_events():
             self._progress.event(event)
             self._see(event.kind, event.step, event.data)
+            self._prompt.event(event.kind)
         self._progress.tick()
+        self._prompt.tick()
         if time.monotonic() - self._beat_s >= HEARTBEAT_S:
             self.beat()
 
@@ -104,6 +124,8 @@ class Supervisor:
             seen.loss = float(loss) if isinstance(loss, float | int) else None
         elif kind == "save":
             seen.saved_step, seen.checkpoint = step, str(data["path"])
+        elif kind == "export":
+            seen.export = str(data["path"])
         elif kind == "rank_ready":
             seen.ready.add(int(str(data["rank"])))
             if self._all_ready():
@@ -151,7 +173,7 @@ class Supervisor:
         remaining_s = self._meter.remaining_s()
         if signals.kill:
             self._ended_by = "killed by a second Ctrl-C"
-        elif remaining_s is not None and remaining_s <= CUT_OFF_S:
+        elif remaining_s is not None and remaining_s <= CUT_OFF_S + 2 * self._late_s:
             self._ended_by = f"the budget of {self._meter.limit_text()} ran out before the end"
         else:
             return kill_at_s is not None and time.monotonic() >= kill_at_s
@@ -195,8 +217,7 @@ class Supervisor:
             cause = cause_of(self._folder, ranks.deaths)
             reason, code = cause.reason, cause.exit_code
         else:
-            over = self._meter.remaining_s()
-            cut = over is not None and over <= CUT_OFF_S
+            cut = self._ended_by.startswith("the budget")
             reason, code = self._ended_by, EXIT_BUDGET if cut and saved else EXIT_FAILED
             if not saved:
                 last = "none" if seen.saved_step is None else f"that of step {seen.saved_step}"
@@ -212,5 +233,5 @@ class Supervisor:
             train_loss=seen.loss,
             heldout_loss=None,
             checkpoint=seen.checkpoint,
-            export=None,
+            export=seen.export,
         )

@@ -204,7 +204,7 @@ def describe(event: Event, steps: int) -> str | None:
             return f"saved step {event.step} in {data['save_s']:.1f} s: {data['path']}"
         case "export":
             return f"exported {data['path']}"
-        case "warning" | "stop" | "end":
+        case "warning" | "stop" | "end" | "question" | "answer":
             return f"{event.kind}: {data['message']}"
         case _:
             return None

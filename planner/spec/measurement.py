@@ -61,7 +61,7 @@ class Event:
     elapsed_s: float
     """Since the supervisor started, monotonic."""
     kind: str
-    """start, rank_ready, step, eval, save, warning, stop, export, end."""
+    """start, rank_ready, step, eval, save, warning, question, answer, stop, export, end."""
     step: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
     schema: str = field(default=SCHEMA_EVENT)
@@ -89,4 +89,6 @@ class Outcome:
     """With PUE; null = not metered."""
     energy_source: str | None = None
     co2e_kg: float | None = None
+    compression: dict[str, Any] | None = None
+    """Zeros as counted at the end, by matrix and in all; null = nothing was pruned."""
     schema: str = field(default=SCHEMA_OUTCOME)

@@ -1,4 +1,4 @@
-"""`outlay stop` and `outlay tail`: a run that works elsewhere, from its folder."""
+"""`outlay stop`, `answer` and `tail`: a run that works elsewhere, from its folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from outlay.profiles.errors import OutlayError, UsageError
 from outlay.profiles.units import parse_seconds
 
 if TYPE_CHECKING:
+    from outlay.runner.control import Policy
     from outlay.runner.folder import RunFolder
 
 POLL_S = 0.2
@@ -49,6 +50,31 @@ def stop(run_dir: str, wait: str) -> None:
             )
         time.sleep(POLL_S)
     click.echo("stopped", err=True)
+
+
+@click.command()
+@click.argument("run_dir")
+@click.argument("policy", type=click.Choice(["anneal", "cut", "stop"]))
+def answer(run_dir: str, policy: Policy) -> None:
+    """Answer a run that was started with --when-over ask.
+
+    anneal: the learning rate ends within the budget. cut: it keeps its schedule, and the run ends at
+    the budget. stop: save now, and keep the rest. It holds for later resumes, too.
+    """
+    from outlay.runner.question import write_answer
+
+    folder = _folder(run_dir)
+    before = folder.read_limits().when_over
+    if before != "ask":
+        raise UsageError(
+            "this run asks nothing",
+            where=run_dir,
+            why=f"it was started with --when-over {before}, or is answered already",
+            do=f"outlay stop {run_dir}, then outlay resume {run_dir} --when-over {policy}",
+        )
+    write_answer(folder, policy)
+    heard = "it hears it before its next step" if folder.owner() else "for when it is resumed"
+    click.echo(f"{run_dir}: {policy}; {heard}", err=True)
 
 
 @click.command()

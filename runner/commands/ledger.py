@@ -12,7 +12,10 @@ from outlay.planner.options import format_option
 from outlay.profiles.errors import UsageError
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from outlay.runner.ledger import Ledger
+    from outlay.runner.ledger.bills import Bill
 
 file_option = click.option(
     "--ledger", "file", help="Its file; else OUTLAY_LEDGER, else that of this user."
@@ -93,6 +96,8 @@ def export(format_: str, out: str | None, file: str | None) -> None:
 @click.option("--by", default="", help="user, project, tag, machine, run, tool, state or month.")
 @click.option("--key-column", help="The bill's column that holds it; without: the name of --by.")
 @click.option("--cost-column", help="The bill's column of USD; without: the first that is known.")
+@click.option("--from", "start", help="Of the period, UTC: 2026-11-01; without: the bill's dates.")
+@click.option("--until", help="Its end, not included: 2026-12-01.")
 @format_option("table", "json", "csv")
 @file_option
 def reconcile(
@@ -100,11 +105,13 @@ def reconcile(
     by: str,
     key_column: str | None,
     cost_column: str | None,
+    start: str | None,
+    until: str | None,
     format_: str,
     file: str | None,
 ) -> None:
-    """A provider's BILL.csv beside what the ledger says, in all or by one column."""
-    from outlay.runner.ledger import report
+    """A provider's BILL.csv beside what the ledger says of its period, in all or by one column."""
+    from outlay.runner.ledger import period, report
     from outlay.runner.ledger.bills import read_bill
     from outlay.runner.ledger.bills import reconcile as differences
 
@@ -114,9 +121,13 @@ def reconcile(
     if key_column is not None and not keys:
         raise UsageError("--key-column says where the bill holds --by", do="give --by")
     billed = read_bill(
-        Path(bill), key_column=(key_column or keys[0]) if keys else None, cost_column=cost_column
+        Path(bill),
+        key_column=(key_column or keys[0]) if keys else None,
+        cost_column=cost_column,
+        asked=period.asked(start, until),
     )
-    sums = report.by_keys(report.attempts(_opened(file)), keys)
+    attempts = period.within(report.attempts(_opened(file)), billed.period or period.Period())
+    sums = report.by_keys(attempts, keys)
     booked = {str(row[keys[0]]) if keys else "": row["cost_usd"] for row in sums}
     rows = [
         {
@@ -125,12 +136,31 @@ def reconcile(
             "ledger_usd": row.ledger_usd,
             "difference_usd": row.difference_usd,
         }
-        for row in differences(billed, booked)
+        for row in differences(billed.usd, booked)
     ]
+    _show_differences(rows, billed, format_)
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat()
+
+
+def _show_differences(rows: list[dict[str, Any]], billed: Bill, format_: str) -> None:
+    from outlay.runner.ledger import report
+
+    said = f"period: {billed.period}"
+    if billed.period is None:
+        said = "the bill has no dates that are known: all of the ledger is compared; give --from and --until"
+    if billed.left_out:
+        said += f"; {billed.left_out} of the bill's lines begin outside it"
+    click.echo(said, err=True)
     if format_ == "json":
-        click.echo(json.dumps({"schema": report.SCHEMA, "differences": rows}, indent=2))
+        p = billed.period
+        period = None if p is None else {"start": _iso(p.start), "end": _iso(p.end)}
+        content = {"schema": report.SCHEMA, "period": period, "differences": rows}
+        click.echo(json.dumps(content, indent=2))
         return
-    columns = (keys[0] if keys else "key", "billed_usd", "ledger_usd", "difference_usd")
+    columns = tuple(rows[0]) if rows else ("key", "billed_usd", "ledger_usd", "difference_usd")
     shown = report.to_csv if format_ == "csv" else report.to_table
     click.echo(shown(rows, columns).rstrip("\n"))
 
@@ -152,10 +182,15 @@ def import_(sacct: str, usd_per_gpu_h: float | None, file: str | None) -> None:
 @ledger.command()
 @click.argument("project")
 @click.argument("amount")
+@click.option("--rate", multiple=True, help="USD for one of a currency, for 5000eur: eur=1.08.")
 @file_option
-def budget(project: str, amount: str, file: str | None) -> None:
-    """What PROJECT may spend in all: 5000usd, 300gpuh, 80kWh, 20kgCO2e; `none` takes them away."""
+def budget(project: str, amount: str, rate: tuple[str, ...], file: str | None) -> None:
+    """What PROJECT may spend in all: 5000usd, 300gpuh, 80kWh, 20kgCO2e; `none` takes them away.
+
+    Another currency is kept in USD, at the --rate of now.
+    """
     from outlay.planner.spec.job import Budget
+    from outlay.profiles.money import parse_rates
 
     if not project.strip():
         raise UsageError("a project needs a name", where="PROJECT")
@@ -163,7 +198,7 @@ def budget(project: str, amount: str, file: str | None) -> None:
         removed = _opened(file).remove_budgets(project)
         click.echo(f"{project}: {removed} budgets taken away", err=True)
         return
-    limit = Budget.parse(amount, where="AMOUNT")
+    limit = Budget.parse(amount, where="AMOUNT", rates=parse_rates(rate))
     found = _opened(file)
     found.set_budget(project, limit)
     (total,) = [t for t in found.totals(project) if t.budget.kind == limit.kind]

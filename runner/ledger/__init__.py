@@ -4,6 +4,7 @@ store.py    the SQLite file: runs, attempts, reservations; opening, beating, clo
 lease.py    whether the process of an attempt still lives, without trusting any wall clock
 report.py   rows and sums for people and for other programs
 bills.py    a provider's bill against it, and Slurm's accounting into it
+period.py   the part of it that a bill is about
 """
 
 from outlay.runner.ledger.store import Entry, Ledger, OpenRun, Total, Want

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from outlay.profiles.errors import FileError
+from outlay.runner.ledger.period import Period, of_row, spanned
 from outlay.runner.ledger.store import Ledger, insert
 
 COST_COLUMNS = ("cost_usd", "BilledCost", "lineItem/UnblendedCost", "Cost", "cost", "amount")
@@ -57,7 +58,7 @@ def _read(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         yield where, row
 
 
-def _column(row: dict[str, str], names: Iterable[str], where: str) -> str:
+def _column(row: dict[str, str], names: Iterable[str], where: str, *, do: str) -> str:
     for name in names:
         if name in row:
             return name
@@ -65,7 +66,7 @@ def _column(row: dict[str, str], names: Iterable[str], where: str) -> str:
         f"none of the columns {', '.join(names)} is there",
         where=where,
         why=f"it has {', '.join(row)}",
-        do="name it",
+        do=do,
     )
 
 
@@ -79,11 +80,28 @@ def _number(text: str, where: str) -> float:
     return value
 
 
-def read_bill(path: Path, *, key_column: str | None, cost_column: str | None) -> dict[str, float]:
-    """USD by key; everything under '' without a key. Other currencies are refused, not converted."""
+@dataclass(frozen=True, kw_only=True)
+class Bill:
+    """What a file charges."""
+
+    usd: dict[str, float]
+    """By key; everything under '' without a key."""
+    period: Period | None
+    """From its dates, or as asked; null = it has none, and none was asked for."""
+    left_out: int
+    """Lines outside the period."""
+
+
+def read_bill(
+    path: Path, *, key_column: str | None, cost_column: str | None, asked: Period | None = None
+) -> Bill:
+    """Lines that begin within `asked`, or all. Other currencies are refused, not converted."""
     billed: dict[str, float] = {}
+    asked = asked or Period()
+    dates, left_out = [], 0
     for where, row in _read(path):
-        cost = _column(row, [cost_column] if cost_column else COST_COLUMNS, where)
+        costs = [cost_column] if cost_column else COST_COLUMNS
+        cost = _column(row, costs, where, do="name the one that is meant: --cost-column")
         currency = next((row[c] for c in CURRENCY_COLUMNS if row.get(c)), "USD")
         if currency.upper() != "USD":
             raise FileError(
@@ -91,9 +109,18 @@ def read_bill(path: Path, *, key_column: str | None, cost_column: str | None) ->
                 where=where,
                 do="convert it to USD, the ledger's unit",
             )
-        key = "" if key_column is None else row[_column(row, [key_column], where)]
+        charged = of_row(row, where)
+        if charged is not None and not asked.holds(charged[0]):
+            left_out += 1
+            continue
+        dates += [] if charged is None else [charged]
+        key = ""
+        if key_column is not None:
+            key = row[
+                _column(row, [key_column], where, do="name the one that is meant: --key-column")
+            ]
         billed[key] = billed.get(key, 0.0) + _number(row[cost], f"{where}: {cost}")
-    return billed
+    return Bill(usd=billed, period=asked.or_else(spanned(dates)), left_out=left_out)
 
 
 def reconcile(billed: dict[str, float], booked: dict[str, float | None]) -> list[Difference]:
@@ -116,7 +143,9 @@ def import_sacct(ledger: Ledger, path: Path, *, usd_per_gpu_h: float | None) -> 
     rows = list(_read(path))
     for name in SACCT:
         if rows:
-            _column(rows[0][1], [name], rows[0][0])
+            _column(
+                rows[0][1], [name], rows[0][0], do="sacct --parsable2 --format …: see the guide"
+            )
     energy_j: dict[str, float] = {}
     for where, row in rows:
         job = row["JobID"].partition(".")[0]

@@ -43,6 +43,9 @@ class Power:
         seen = self.clock() - self.began_s
         return min(self.limit_kw, 1.03 * self.kw) if seen > 30 else self.limit_kw
 
+    def expected_kw(self) -> float:
+        return self.kw
+
 
 class Killed(Exception):
     """By the guard of the supervisor, at the very end of the budget."""

@@ -106,3 +106,22 @@ def test_a_dry_run_says_what_a_run_would(tmp_path, monkeypatch, more, code, says
     seen = error.message() if isinstance(error, OutlayError) else result.output
     assert (error.exit_code if isinstance(error, OutlayError) else result.exit_code) == code, seen
     assert says in seen
+
+
+def test_a_budget_in_another_currency_is_kept_in_usd(tmp_path, monkeypatch) -> None:
+    from outlay.profiles.money import shown
+    from outlay.runner.cli import cli
+
+    monkeypatch.setattr(fit, "check_machine", lambda *_: None)
+    path = tmp_path / "plan.yaml"
+    path.write_text(to_yaml(plan_of(1000)))
+    command = ["run", str(path), "--dry-run", "--budget", "2eur"]
+    done = CliRunner().invoke(cli, [*command, "--rate", "eur=1.25", "--when-over", "ask"])
+    assert done.exit_code == 0, done.output
+    assert "budget 2eur; when it is too small for all steps: ask" in done.output
+    assert "0.8000 EUR" in done.output  # 1000 steps are 1 USD
+    assert "no terminal, but with `outlay answer run" in done.output
+    assert shown().code == "usd"  # of this command alone
+    refused = CliRunner().invoke(cli, command)
+    assert isinstance(refused.exception, UsageError)
+    assert "no rate for EUR is known" in refused.exception.message()

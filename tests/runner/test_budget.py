@@ -91,6 +91,9 @@ class SteadyPower:
     def upper_kw(self) -> float:
         return 2 * self.kw
 
+    def expected_kw(self) -> float:
+        return self.kw
+
 
 def test_energy_and_carbon_are_metered_and_what_is_left_counts_at_the_upper_power() -> None:
     clock = Clock()
@@ -104,6 +107,7 @@ def test_energy_and_carbon_are_metered_and_what_is_left_counts_at_the_upper_powe
     assert m.binding == both[1]
     # 4 kg are 10 kWh, at most 20 kW
     assert m.remaining_s() == pytest.approx(1800)
+    assert m.remaining_expected_s() == pytest.approx(3600)
     assert m.limit_text() == "8 kg CO2e"
     with pytest.raises(UsageError, match="--kgco2e-per-kwh"):
         meter(both[1], energy=power)
@@ -132,7 +136,7 @@ def test_the_shortest_time_that_is_billed_counts_from_the_start() -> None:
 
 def test_a_budget_below_the_start_is_refused_with_the_numbers() -> None:
     m = meter(Budget(kind="money", amount=0.005))
-    message = r"(?s)5\.00 s of it are left.*11\.0 s.*raise it above 0\.0110"
+    message = r"(?s)5\.00 s of it are left.*10\.8 s.*raise it above 0\.0108"
     with pytest.raises(NotFeasible, match=message):
         m.require(10.0, source="assumed")
     meter(Budget(kind="money", amount=0.012)).require(10.0, source="assumed")

@@ -90,6 +90,30 @@ def test_policy_stop_ends_for_the_forecast_alone() -> None:
     assert guard.close().reason.startswith("all 100,000 steps would end at")
 
 
+def test_a_scheduler_of_the_loop_ends_within_the_budget() -> None:
+    import torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    clock, said = Clock(), []
+    guard = guarded(clock, said, steps=1000, scheduler=scheduler)
+    rates = []
+    for _ in range(1000):
+        clock.now_s += 1.0
+        optimizer.step()
+        scheduler.step()
+        if guard.step():
+            break
+        rates.append(scheduler.get_last_lr()[0])
+    assert 90 < guard.done <= guard.total_steps < 100
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.01
+    assert any("the learning rate now ends within it" in text for text in said)
+    guard.close()
+    endless = guarded(clock, said, scheduler=scheduler)
+    assert "the number of steps is not known" in said[-1]
+    endless.close()
+
+
 def test_what_cannot_be_kept_is_refused() -> None:
     with pytest.raises(UsageError, match="needs a price"):
         Guard("2usd", started_s=0.0)
@@ -166,24 +190,24 @@ def test_a_ledger_that_fails_ends_no_training_but_a_project_needs_it(tmp_path: P
         guarded(clock, said, ledger="off", project="p")
 
 
-def budget_s(seconds: float) -> dict[str, Any]:
+def in_time(clock: Any, seconds: float) -> dict[str, Any]:
     return {
         "budget": [f"{seconds}usd", "1h"],
         "price_usd_per_h": PRICE,
-        "started_s": time.monotonic(),
+        "started_s": clock(),
+        "clock": clock,
     }
 
 
-def check_real(report: Any, amount: float) -> None:
+def check_real(report: Any, amount: float, least: float) -> None:
     """At most 100 %, and not stopped without a reason."""
     assert report.state == "budget" and report.saved
     assert report.spent.fraction <= 1.0
-    assert 0.25 * amount < report.spent.cost_usd <= amount
-    assert report.forecast is None or report.forecast.expected_s > amount
+    assert least * amount < report.spent.cost_usd <= amount
 
 
-@pytest.mark.processes
-def test_a_hugging_face_trainer_stops_at_its_budget(tmp_path: Path) -> None:
+def hugging_face(folder: Path, callbacks: list[Any], **arguments: Any) -> Any:
+    """A real Trainer of a tiny model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -192,37 +216,109 @@ def test_a_hugging_face_trainer_stops_at_its_budget(tmp_path: Path) -> None:
         num_attention_heads=2, num_key_value_heads=2,
     )  # fmt: skip
     rows = [{"input_ids": torch.arange(16), "labels": torch.arange(16)} for _ in range(64)]
+    chosen = {
+        "max_steps": 400, "save_strategy": "no", "eval_strategy": "epoch", "logging_steps": 1,
+        "learning_rate": 1e-3,
+    }  # fmt: skip
     with warnings.catch_warnings():
         # torch, of a data loader that pins memory without an accelerator
         warnings.filterwarnings("ignore", message=".*pin_memory", category=UserWarning)
         trainer = Trainer(
             model=LlamaForCausalLM(config),
             args=TrainingArguments(
-                output_dir=str(tmp_path / "out"), max_steps=10**6, use_cpu=True, report_to=[],
-                per_device_train_batch_size=4, save_strategy="no", disable_tqdm=True,
-                eval_strategy="epoch", logging_steps=10**6,
+                output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True,
+                per_device_train_batch_size=4, **chosen | arguments,
             ),
-            train_dataset=rows, eval_dataset=rows[:8],
+            train_dataset=rows, eval_dataset=rows[:8], callbacks=callbacks,
         )  # fmt: skip
-        # now: imports and the Trainer's own set-up take seconds on a busy machine
-        callback = hf_callback(**budget_s(12.0), ledger=str(tmp_path / "ledger.sqlite"), user="ada")
-        trainer.add_callback(callback)
         trainer.train()
-    check_real(callback.report, 12.0)
+    return trainer
+
+
+def costs(clock: Clock, step_s: float, save_s: float, evaluation_s: float) -> Any:
+    """What steps, saves and evaluations take on the simulated clock; goes before the guard."""
+    from transformers import TrainerCallback
+
+    class Costs(TrainerCallback):  # type: ignore[misc]
+        def _pass(self, seconds: float) -> None:
+            clock.now_s += seconds
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self._pass(step_s)
+
+        def on_save(self, *_: Any, **__: Any) -> None:
+            self._pass(save_s)
+
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            self._pass(evaluation_s)
+
+    return Costs()
+
+
+def rates_of(trainer: Any) -> list[float]:
+    return [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("when_over", ["anneal", "cut"])
+def test_a_hugging_face_trainer_stops_at_its_budget(tmp_path: Path, when_over: str) -> None:
+    """The Trainer is real, its time is simulated: a busy machine changes nothing."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    clock, said = Clock(), []
+    options = {"when_over": when_over} if when_over != "anneal" else {}  # it is the default
+    callback = hf_callback(
+        **in_time(clock, 100.0), ledger=str(tmp_path / "ledger.sqlite"), user="ada",
+        say=said.append, **options,
+    )  # fmt: skip
+    trainer = hugging_face(tmp_path / "out", [costs(clock, 2.0, 1.0, 0.25), callback])
+    check_real(callback.report, 100.0, 0.94)
     step = trainer.state.global_step
-    assert 3 < step == callback.report.steps
+    assert 40 < step == callback.report.steps < 50
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "out" / f"checkpoint-{step}")
     for mine, theirs in zip(saved.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     row = Ledger(tmp_path / "ledger.sqlite").rows("SELECT * FROM attempts")[0]
     assert (row["state"], row["steps"], row["user"]) == ("budget", step, "ada")
+    rates = rates_of(trainer)
+    if when_over == "anneal":
+        assert rates == sorted(rates, reverse=True)
+        assert rates[-1] < 0.05 * rates[0]
+        assert any("the learning rate now ends within it" in text for text in said)
+    else:
+        assert rates[-1] == pytest.approx(rates[0] * (1 - step / 400), rel=0.01)
 
 
 @pytest.mark.processes
-def test_a_lightning_trainer_stops_at_its_budget(tmp_path: Path) -> None:
+def test_a_scheduler_that_cannot_be_reshaped_is_said_and_cut(tmp_path: Path) -> None:
+    clock, said = Clock(), []
+    callback = hf_callback(**in_time(clock, 20.0), ledger="off", say=said.append)
+    hugging_face(
+        tmp_path / "out", [costs(clock, 1.0, 0.1, 0.1), callback],
+        lr_scheduler_type="reduce_lr_on_plateau",
+    )  # fmt: skip
+    assert "cannot be made to end within the budget: the rate of ReduceLROnPlateau" in said[0]
+    check_real(callback.report, 20.0, 0.8)
+
+
+@pytest.mark.long
+@pytest.mark.processes
+def test_a_hugging_face_trainer_stops_at_its_budget_in_real_time(tmp_path: Path) -> None:
+    callback = hf_callback(**in_time(time.monotonic, 30.0), ledger="off")
+    hugging_face(tmp_path / "out", [callback], max_steps=10**6)
+    check_real(callback.report, 30.0, 0.5)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_lightning_trainer_stops_at_its_budget(tmp_path: Path, interval: str) -> None:
     import lightning
     import torch
     from torch.utils.data import DataLoader, TensorDataset
+
+    clock, said = Clock(), []
+    rates: list[float] = []
 
     class Tiny(lightning.LightningModule):
         def __init__(self) -> None:
@@ -230,33 +326,43 @@ def test_a_lightning_trainer_stops_at_its_budget(tmp_path: Path) -> None:
             self.layer = torch.nn.Linear(8, 1)
 
         def training_step(self, batch: Any, index: int) -> Any:
-            time.sleep(0.005)
+            clock.now_s += 0.5
+            rates.append(self.optimizers().param_groups[0]["lr"])
             return self.layer(batch[0]).pow(2).mean()
 
         def validation_step(self, batch: Any, index: int) -> None:
+            clock.now_s += 0.05
             self.layer(batch[0])
 
         def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.01)
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
+            return [optimizer], [{"scheduler": cosine, "interval": interval}]
 
     data = DataLoader(TensorDataset(torch.randn(64, 8)), batch_size=8)
     path = tmp_path / "last.ckpt"
-    callback = lightning_callback(**budget_s(8.0), save_to=path)
+    callback = lightning_callback(
+        **in_time(clock, 100.0), save_to=path, say=said.append, ledger="off"
+    )
     model = Tiny()
     with warnings.catch_warnings():
         # Lightning of itself: an old name in its tree code; loaders without worker processes
         warnings.filterwarnings("ignore", message=".*LeafSpec")
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         trainer = lightning.Trainer(
-            max_epochs=100_000, accelerator="cpu", callbacks=[callback], logger=False,
+            max_epochs=100, accelerator="cpu", callbacks=[callback], logger=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
         )  # fmt: skip
         trainer.fit(model, data, data)
-    check_real(callback.report, 8.0)
+    check_real(callback.report, 100.0, 0.97)
     assert 3 < trainer.global_step == callback.report.steps
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == trainer.global_step
     assert torch.equal(saved["state_dict"]["layer.weight"], model.layer.weight)
+    if interval == "step":
+        assert rates == sorted(rates, reverse=True) and rates[-1] < 1e-3 * rates[0]
+    else:
+        assert 'not stepped with each step (interval "step"' in said[0]
 
 
 def test_a_lightning_trainer_that_could_not_stop_is_refused(tmp_path: Path) -> None:

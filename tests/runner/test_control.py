@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import pytest
@@ -101,3 +102,51 @@ def test_speed_is_the_recent_one() -> None:
     assert speed.step_s() == pytest.approx(2.0)
     left = speed.left(100)
     assert left.low_s < 150 < left.expected_s < left.high_s
+
+
+def test_a_run_that_will_not_fit_asks_once_and_anneals_until_it_is_answered() -> None:
+    control, clock = controller(100.0, 1000, policy="ask")
+    asked: list[str | None] = []
+    for step in range(60):
+        asked.append(control.decide(step).question)
+        clock.now_s += 1.0
+        control.bounds.step.add(1.0)
+    (question,) = [text for text in asked if text is not None]
+    assert "all 1,000 steps would end at 16.7 min" in question
+    assert control.asking and 90 <= control.total_steps < 100
+    control.answer("ask")  # no answer
+    assert control.asking
+    control.answer("cut")
+    decision = control.decide(60)
+    assert (decision.total_steps, decision.stop, decision.question) == (1000, None, None)
+    assert "ends with the schedule again" in decision.warnings[0]
+
+
+def test_the_answer_stop_stops_at_once_and_a_run_that_fits_does_not_ask() -> None:
+    control, clock = controller(100.0, 1000, policy="ask")
+    drive(control, clock, 30)
+    control.answer("stop")
+    assert control.decide(30).stop == "forecast"
+    fits, clock = controller(1000.0, 200, policy="ask")
+    drive(fits, clock, 190)
+    assert not fits.asking and fits.total_steps == 200
+
+
+def test_unanswered_the_budget_is_kept() -> None:
+    results = [Simulated(seed, policy="ask").run() for seed in range(12)]
+    short = [r for r in results if r.work_left]
+    assert len(short) > 5
+    assert all(0.97 <= r.used <= 1.0 and r.last_rate < 0.02 for r in short)
+
+
+def test_an_end_that_moves_by_more_than_a_tenth_is_told_again() -> None:
+    control, clock = controller(400.0, 1000)
+    said = drive(control, clock, 100)
+    for step in range(100, 200):
+        said += control.decide(step).warnings
+        clock.now_s += 2.0
+        control.bounds.step.add(2.0)
+    told = [int(text.rpartition("about step ")[2]) for text in said if "about step" in text]
+    assert told[0] == pytest.approx(395, abs=10)
+    assert len(told) > 1
+    assert all(abs(b - a) > 0.1 * a for a, b in itertools.pairwise(told))

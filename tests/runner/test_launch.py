@@ -17,6 +17,7 @@ import psutil
 import pytest
 import ranks
 
+from outlay.planner.rules import VERSIONS
 from outlay.planner.spec.cluster import Gpu, Host
 from outlay.planner.spec.files import parse, read_mapping, to_yaml
 from outlay.planner.spec.job import Budget, Data, Schedule
@@ -166,7 +167,7 @@ def test_a_run_does_all_its_steps_and_leaves_what_it_should(whole: RunFolder, da
     assert [e.step for e in events if e.kind == "save"] == [250, STEPS]
     kinds = [e.kind for e in events if e.kind != "step"]
     assert kinds[:3] == ["start", "rank_ready", "rank_ready"]
-    assert kinds[-4:] == ["save", "eval", "export", "end"]
+    assert kinds[-4:] == ["save", "export", "eval", "end"]
     elapsed = [e.elapsed_s for e in events]
     assert elapsed[0] < elapsed[-1] <= outcome.wall_s + 1
     measured = parse(Measurement, read_mapping(whole.measurement), path=whole.measurement)
@@ -449,11 +450,16 @@ def test_a_plan_for_gpus_is_refused_where_there_are_none(data: Path, tmp_path: P
         run_plan(_on(plan, "gpu"), tmp_path / "run", here=plan.cluster)
 
 
-@pytest.mark.parametrize("found", ["0.18.4", "1.19.0", "0.20.0+abc"])
+@pytest.mark.parametrize("found", ["0.18.4", "0.19.4", "1.19.0", "0.20.0+abc"])
 def test_another_deepspeed_is_refused(monkeypatch, found) -> None:
     monkeypatch.setattr(fit, "version", lambda name: found if name == "deepspeed" else "1.0")
-    with pytest.raises(UsageError, match=r"is installed, and this runner knows 0\.19"):
+    with pytest.raises(UsageError, match=r"is installed, and this runner knows >=0\.19\.8"):
         fit.check_software()
+
+
+def test_the_releases_that_are_run_are_those_of_the_rules() -> None:
+    first, beyond = (".".join(map(str, bound)) for bound in fit.DEEPSPEED)
+    assert f">={first},<{beyond}" == VERSIONS
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch) -> None:

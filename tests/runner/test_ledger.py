@@ -332,6 +332,7 @@ def test_slurm_jobs_are_entered_once(tmp_path: Path) -> None:
 
 def test_a_project_budget_is_set_raised_and_taken_away(booked: Path) -> None:
     assert "3 spent, 27 free" in cli_run(booked, "budget", "p", "30usd").stderr
+    assert "25usd" in cli_run(booked, "budget", "p", "20eur", "--rate", "eur=1.25").stderr
     assert "warning: 3 are spent" in cli_run(booked, "budget", "p", "1usd").stderr
     assert cli_run(booked, "budget", "p", "10gpuh").exit_code == 0
     assert len(Ledger(booked).totals("p")) == 2

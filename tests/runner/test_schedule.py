@@ -32,7 +32,7 @@ def test_decay_is_half_way_in_the_middle_and_ends_at_the_final_fraction(name, mi
 
 
 @given(
-    name=st.sampled_from(["constant", "linear", "cosine"]),
+    name=st.sampled_from(["constant", "linear", "cosine", "wsd"]),
     steps=st.integers(1, 300),
     warmup=st.integers(0, 300),
     final=st.floats(0, 1),
@@ -46,14 +46,24 @@ def test_rises_then_never_rises_again(name, steps, warmup, final) -> None:
     assert all(a >= b - 1e-12 for a, b in pairwise(after))
 
 
-@pytest.mark.parametrize("bad", [{"warmup_steps": 11}, {"warmup_steps": -1}, {"final_fraction": 2}])
+def test_wsd_is_stable_and_then_falls_in_a_straight_line() -> None:
+    how = Schedule(name="wsd", warmup_steps=10, final_fraction=0.0, decay_fraction=0.2)
+    values = rates(how, 110)
+    assert values[9:90] == pytest.approx([1.0] * 81)
+    assert values[90:] == pytest.approx([1 - (i + 1) / 20 for i in range(20)])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"warmup_steps": 11}, {"warmup_steps": -1}, {"final_fraction": 2}, {"decay_fraction": 0.0}],
+)
 def test_nonsense_is_refused(bad) -> None:
     with pytest.raises(UsageError):
         check_schedule(Schedule(**bad), 10)
 
 
 @given(
-    name=st.sampled_from(["linear", "cosine"]),
+    name=st.sampled_from(["linear", "cosine", "wsd"]),
     steps=st.integers(20, 300),
     warmup=st.integers(0, 60),
     ends=st.lists(st.integers(2, 300), min_size=300, max_size=300),
