@@ -84,6 +84,8 @@ def parse_assumed(texts: Iterable[str] | str | Mapping[str, Any] | None) -> tupl
             raise UsageError(f"{text!r} sets nothing", where=WHERE, do="give NAME=VALUE: pue=1.2")
         if name not in figures():
             raise UnknownName("assumption", name, figures(), where=WHERE)
+        if name in rows:
+            raise UsageError(f"{name} is set twice", where=WHERE)
         rows[name] = _assume(name, value)
     return tuple(rows.values())
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from outlay.planner.estimate.software import Software
 from outlay.planner.spec.families import preset_names, resolve_model
 from outlay.planner.spec.model import Attention, Block, Mlp, ModelSpec
+from outlay.planner.spec.strategy import MOST
 from outlay.profiles.errors import UsageError
 
 VOCAB = {"llama": 32000, "moe": 32000, "bert": 30528, "t5": 32128}
@@ -42,6 +43,8 @@ def count(row: Mapping[str, str], key: str, default: int | None = None) -> int |
     value = number(row, key)
     if value is None:
         return default
+    if value > MOST:
+        raise UsageError(f"{key}: {value:g} is more than the largest that makes sense, {MOST:,}")
     if value != int(value) or value < 1:
         raise UsageError(f"{key}: {value:g} is not a positive whole number")
     return int(value)

@@ -150,6 +150,8 @@ def _from_instance(match: re.Match[str], gbps: float | None, price: float | None
         intra=_intra_link(a, node.count),
         inter=_inter_link(gbps, node.count, count, f"{node.provider} {node.name}"),
         source=f"instance:{match.string}",
+        node_ram_bytes=node.ram_bytes,
+        node_nvme_bytes=node.nvme_bytes,
         price_usd_per_h=price,
         price_source=source,
         notes=notes,

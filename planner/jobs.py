@@ -140,6 +140,10 @@ def _length(file: JobFile, data: Data | None, seq_len: int, batch: int) -> tuple
     said_otherwise = file.steps is not None or file.tokens is not None
     if said_otherwise and file.packing is None and file.epochs is None:
         amount, notes = None, list[dict[str, Any]]()
+        if data is not None and not Path(data.path).expanduser().exists():
+            notes.append({
+                "what": "data", "value": data.path, "source": "not found here, so nothing of it was counted"
+            })  # fmt: skip
     else:
         packing = file.packing is not False
         amount, notes = amount_of(data, file.epochs, packing=packing, seq_len=seq_len)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from outlay.planner.estimate.candidates import Array, Candidates
-from outlay.planner.estimate.estimator import Estimates, evaluate_memory, with_step
+from outlay.planner.estimate.estimator import Estimates, evaluate_memory, host_of, with_step
 from outlay.planner.estimate.interval import TIGHT_RISK, VERDICTS
 from outlay.planner.rules import RULES, Context, Rule, broken
 from outlay.planner.space import (
@@ -77,7 +77,7 @@ def search(
     memory = in_memory(spec, job, cluster, legal, target)
     fits = memory.risk <= TIGHT_RISK
     if not fits.any():
-        raise _nothing_fits(memory, cluster)
+        raise _nothing_fits(spec, job, memory, cluster, target)
     refused = np.flatnonzero(~fits)
     refused = refused[np.argsort(memory.memory.device[refused], kind="stable")][:_REFUSED_TIMED]
     kept = np.concatenate([np.flatnonzero(fits), refused])
@@ -104,13 +104,13 @@ def in_memory(
 
 def ranked(e: Estimates, fitting: int) -> Array:
     """The first `fitting` candidates, fastest first; within half a per cent, what stays on the accelerator
-    first, then what takes less memory, then the plainer loss."""
+    first, then what surely fits, then the plainer loss, then what takes less memory."""
     assert e.step is not None
     seconds = e.step.time_s[:fitting]
     tied = np.floor(np.log(seconds / seconds.min()) / TIE)
     c = e.candidates
     return np.lexsort((
-        c.loss[:fitting], e.memory.device[:fitting],
+        e.memory.device[:fitting], c.loss[:fitting], e.verdict[:fitting],
         c.offload_param[:fitting], c.offload_optimizer[:fitting], tied,
     ))  # fmt: skip
 
@@ -155,8 +155,20 @@ def _nothing_legal(
     )
 
 
-def _nothing_fits(e: Estimates, cluster: Cluster) -> NotFeasible:
+def _nothing_fits(
+    spec: ModelSpec, job: Job, e: Estimates, cluster: Cluster, target: Target
+) -> NotFeasible:
     least = int(np.argmin(e.memory.device))
+    if e.memory.device[least] <= cluster.usable_bytes:
+        software = target.software_on(cluster)
+        need = host_of(spec, job, cluster, e.candidates, e.memory, software, e.figures)
+        i = int(np.argmin(np.where(e.memory.device <= cluster.usable_bytes, need.total, np.inf)))
+        return NotFeasible(
+            f"none of {len(e)} strategies fits the host memory of the nodes",
+            why=f"of those that the accelerators would hold, {e.candidates.strategy(i).label()} needs least: "
+            f"{format_bytes(float(need.total[i]))} a node of {format_bytes(cluster.ram_bytes or 0)}",
+            do="nodes with more host memory, more of them, or a smaller model",
+        )
     strategy = e.candidates.strategy(least)
     parts = sorted(e.memory.parts.items(), key=lambda kv: -float(kv[1][least]))[:3]
     biggest = ", ".join(f"{name} {format_bytes(float(v[least]))}" for name, v in parts)

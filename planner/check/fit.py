@@ -53,7 +53,9 @@ def _micro_batches(s: Strategy, larger: bool) -> list[int]:
 def variants(q: Question, s: Setup, *, larger: bool) -> list[Strategy]:
     """Every combination of the knobs; the strategy itself first."""
     now = q.strategy
-    sized, gather = bucket_sizes(q.spec, now.tp, now.pp, swapped=now.offload_optimizer == "nvme")
+    sized, gather = bucket_sizes(
+        q.spec, now.tp, now.pp, now.ep, swapped=now.offload_optimizer == "nvme"
+    )
     stages = [z for z in (range(now.zero, 4) if not larger else range(4)) if now.pp == 1 or z <= 1]
     if not s.uses_deepspeed:
         stages = [now.zero]

@@ -103,4 +103,8 @@ def _asked(job_file: str | None, flags: dict[str, Any]) -> Asked:
         raise UsageError(
             "--parameters and --reach-loss size a model; --model names one: give one of them"
         )
+    if flags.get("model") and own.get("overtrain", 1.0) != 1.0:
+        raise UsageError(
+            "--overtrain sizes a model; --model names one", do="give its length with --tokens"
+        )
     return asked(job_file, flags, as_integers(strategy), Sizing(**own))

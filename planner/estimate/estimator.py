@@ -122,10 +122,9 @@ def evaluate_memory(
     low, high = interval(memory.device, width)
     risk = risk_above(memory.least, float(cluster.usable_bytes), width)
     usual_risk = risk_above(memory.device, float(cluster.usable_bytes), width)
-    if cluster.host is not None and cluster.kind != "cpu" and not step_only:
-        short = host_of(spec, job, cluster, c, memory, software, figures).total
-        short = short > cluster.host.ram_bytes
-        risk = np.where(short, 1.0, risk)
+    if cluster.ram_bytes is not None and cluster.kind != "cpu" and not step_only:
+        need = host_of(spec, job, cluster, c, memory, software, figures)
+        risk = np.where(lacks(need, cluster), 1.0, risk)
     return Estimates(
         candidates=c,
         memory=memory,
@@ -138,6 +137,13 @@ def evaluate_memory(
         step_high=None,
         figures=figures,
     )
+
+
+def lacks(need: Host, cluster: Cluster) -> Array:
+    """Which candidates need more of a node's memory or drives than it is known to have, [n]."""
+    ram = np.inf if cluster.ram_bytes is None else cluster.ram_bytes
+    nvme = np.inf if cluster.node_nvme_bytes is None else cluster.node_nvme_bytes
+    return np.asarray((need.total > ram) | (need.nvme > nvme))
 
 
 def host_of(
@@ -357,14 +363,20 @@ def _tight(cluster: Cluster, e: Estimates, i: int) -> list[dict[str, Any]]:
     }]  # fmt: skip
 
 
-def _host_unknown(
+def _host_said(
     cluster: Cluster, e: Estimates, memory: dict[str, Any], i: int
 ) -> list[dict[str, Any]]:
-    """Said where states go to a host whose memory nobody knows."""
-    c = e.candidates
-    if cluster.host is not None or not (c.offload_optimizer[i] or c.offload_param[i]):
-        return []
-    need = memory["host_bytes"]
+    """Said where a node has too little for what goes there, or states go to a host that nobody knows."""
+    c, need, ram = e.candidates, memory["host_bytes"], cluster.ram_bytes
+    rows = []
+    for what, needed, there in (
+        ("host memory", need, ram), ("NVMe", memory["nvme_bytes"], cluster.node_nvme_bytes)
+    ):  # fmt: skip
+        if needed and there is not None and needed > there and cluster.kind != "cpu":
+            source = f"a node has {format_bytes(there)} and needs {format_bytes(needed)}: it cannot run there"
+            rows.append({"what": what, "value": there, "source": source})
+    if rows or ram is not None or not (c.offload_optimizer[i] or c.offload_param[i]):
+        return rows
     shown = "unknown" if need is None else format_bytes(need)
     source = f"not known of this hardware, so not in the verdict: offload needs {shown} a node"
     return [{"what": "host memory", "value": None, "source": source}]
@@ -407,7 +419,7 @@ def estimate_dict(
         ),
         "assumptions": _assumptions(cluster, e, job)
         + _tight(cluster, e, i)
-        + _host_unknown(cluster, e, memory, i),
+        + _host_said(cluster, e, memory, i),
         "nearest": nearest(
             spec, job, cluster, e.candidates.strategy(i), software=software_for(cluster).family
         ),

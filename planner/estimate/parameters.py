@@ -131,10 +131,16 @@ def largest_attention_matrix(attention: Attention, hidden: int) -> int:
 
 
 def largest_matrix(spec: ModelSpec) -> int:
-    """Elements of the largest matrix in a block or table, as transformers holds it.
+    """Elements of the largest matrix in a block or table, as transformers holds it, on one rank."""
+    return max(largest_matrices(spec))
 
-    The experts of a block are one weight there, with gate and up projection together. The extras
-    of DeBERTa (relative positions, convolution) and T5 are left out: smaller in any real model.
+
+def largest_matrices(spec: ModelSpec) -> tuple[int, int]:
+    """(the largest that every rank holds, the largest of routed experts; 0 = none) in elements.
+
+    The experts of a block are one weight in transformers, with gate and up projection together; ranks
+    of expert parallelism hold a part of it each. The extras of DeBERTa (relative positions, convolution)
+    and T5 are left out: smaller in any real model.
     """
     tables = 2 if spec.encoder_decoder else 1
     sizes = [
@@ -142,12 +148,15 @@ def largest_matrix(spec: ModelSpec) -> int:
         spec.learned_positions // tables * (spec.position_width or spec.hidden),
         spec.embedding_width * spec.hidden,
     ]
+    experts = 0
     for block in spec.blocks:
         mlp = block.mlp
         stacked = 2 if mlp.gated and (mlp.fused_gate or mlp.experts) else 1
+        inner = stacked * mlp.ffn * spec.hidden
+        experts = max(experts, mlp.experts * inner)
         sizes += [
             largest_attention_matrix(block.attention, spec.hidden),
-            max(mlp.experts, 1) * stacked * mlp.ffn * spec.hidden,
+            0 if mlp.experts else inner,
             mlp.shared_ffn * spec.hidden,
         ]
-    return max(sizes)
+    return max(sizes), experts

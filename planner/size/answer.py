@@ -105,7 +105,8 @@ def answer(
             f"{objective} is unknown for all {len(whole.options)} options",
             why="no carbon intensity is known for their regions, or no power limit for their accelerators"
             if objective in ("energy", "carbon") else "no price is known",
-            do="another --objective, or --hardware whose figures are known",
+            do="another --objective, or --hardware whose figures are known"
+            + ("" if objective in ("energy", "carbon") else "; --price-usd-per-h says what all of it costs"),
         )  # fmt: skip
     shown, tags = _shown(whole.options, objective)
     shown = [o.with_interval() for o in shown]

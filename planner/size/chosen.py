@@ -30,10 +30,11 @@ def target_option(function: F) -> F:
     return click.option(
         "--for",
         "target",
-        type=click.Choice(["runner", "deepspeed", "megatron"]),
+        type=click.Choice(["runner", "deepspeed", "trainer", "megatron"]),
         default="runner",
         show_default=True,
-        help="Whose trainer: what `outlay run` executes; what DeepSpeed executes; Megatron-Core's "
+        help="Whose trainer: what `outlay run` executes; what DeepSpeed executes; what transformers' Trainer "
+        "and Accelerate execute, for `outlay emit`; Megatron-Core's "
         "conventions (estimated only).",
     )(function)
 

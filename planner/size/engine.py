@@ -18,8 +18,21 @@ import numpy as np
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.communication import link_domain
 from outlay.planner.estimate.efficiency import Efficiency, efficiency_for
-from outlay.planner.estimate.estimator import Estimates, evaluate_memory, with_step
-from outlay.planner.estimate.interval import TIGHT_RISK, interval, risk_above, verdict_index
+from outlay.planner.estimate.estimator import (
+    Estimates,
+    evaluate_memory,
+    host_of,
+    lacks,
+    with_step,
+)
+from outlay.planner.estimate.host import Host
+from outlay.planner.estimate.interval import (
+    TIGHT_RISK,
+    VERDICTS,
+    interval,
+    risk_above,
+    verdict_index,
+)
 from outlay.planner.jobs import default_precision
 from outlay.planner.rules import Context
 from outlay.planner.search import fewest_broken, ranked
@@ -30,6 +43,7 @@ from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import UsageError
+from outlay.profiles.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +93,7 @@ class TooSmall:
     considered: int
     parts: dict[str, float] = field(default_factory=dict)
     why: str = ""
+    """What binds, where it is not the accelerator's memory: a rule, or the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +117,7 @@ class Sizer:
         self.fitting = 0
         self._legal: dict[tuple[object, ...], tuple[Candidates, int]] = {}
         self._memory: dict[tuple[object, ...], Estimates] = {}
+        self._host: dict[tuple[object, ...], Host] = {}
         self._floor: dict[tuple[str, str], float] = {}
         self._figures: dict[str, Efficiency] = {}
 
@@ -109,6 +125,7 @@ class Sizer:
         """What was remembered holds for one batch size."""
         self._legal.clear()
         self._memory.clear()
+        self._host.clear()
         self._floor.clear()
 
     def job_on(self, cluster: Cluster) -> Job:
@@ -136,10 +153,30 @@ class Sizer:
         sizes = tuple(figures[k] for k in sorted(figures) if k.startswith("memory."))
         whole = (*key, sizes)
         if whole not in self._memory:
+            # Without the host: nodes that differ in it alone share this.
+            bare = dataclasses.replace(
+                cluster, host=None, node_ram_bytes=None, node_nvme_bytes=None
+            )
             self._memory[whole] = evaluate_memory(
-                ask.spec, job, cluster, legal, software=ask.target.software_on(cluster)
+                ask.spec, job, bare, legal, software=ask.target.software_on(cluster)
             )
         return self._memory[whole], looked
+
+    def _hosted(self, e: Estimates, cluster: Cluster, job: Job) -> Estimates:
+        """A risk of 1 for what needs more of the host than a node is known to have."""
+        if cluster.kind == "cpu" or (cluster.ram_bytes is None and cluster.node_nvme_bytes is None):
+            return e
+        key = (id(e.candidates), cluster.ranks_per_node, cluster.accelerator.name, job.precision)
+        if key not in self._host:
+            software = self.ask.target.software_on(cluster)
+            self._host[key] = host_of(
+                self.ask.spec, job, cluster, e.candidates, e.memory, software, e.figures
+            )
+        short = lacks(self._host[key], cluster)
+        risk = np.where(short, 1.0, e.risk)
+        return dataclasses.replace(
+            e, risk=risk, verdict=np.where(short, VERDICTS.index("no"), e.verdict)
+        )
 
     def best(self, cluster: Cluster, job: Job) -> Timed | TooSmall | None:
         """The fastest strategy that fits with at most 5 % risk; None where the speed is unknown."""
@@ -149,9 +186,13 @@ class Sizer:
                 cluster=cluster, job=job, strategy=None, device_bytes=0.0, high_bytes=0.0, risk=1.0,
                 considered=looked, why=self._refused(cluster, job),
             )  # fmt: skip
-        e = self._risked(e, cluster)
+        risked = self._risked(e, cluster)
+        e = self._hosted(risked, cluster, job)
         fits = np.flatnonzero(e.risk <= TIGHT_RISK)
         if not fits.size:
+            inside = np.flatnonzero(risked.risk <= TIGHT_RISK)
+            if inside.size:
+                return self._short_host(risked.take(inside), cluster, job, looked)
             return _too_small(e, cluster, job, looked)
         timed = with_step(
             self.ask.spec, job, cluster, e.take(fits), software=self.ask.target.software_on(cluster)
@@ -171,15 +212,36 @@ class Sizer:
             verdict=verdict_index(risk, risk_above(e.memory.device, limit, width)),
         )  # fmt: skip
 
+    def _short_host(self, e: Estimates, cluster: Cluster, job: Job, looked: int) -> TooSmall:
+        """Of those that the accelerators would hold, the one that asks least of the host."""
+        software = self.ask.target.software_on(cluster)
+        need = host_of(self.ask.spec, job, cluster, e.candidates, e.memory, software, e.figures)
+        i = int(np.argmin(need.total))
+        there = "" if cluster.ram_bytes is None else f" of {format_bytes(cluster.ram_bytes)}"
+        disks = (
+            f", {format_bytes(float(need.nvme[i]))} of NVMe of {format_bytes(cluster.node_nvme_bytes)}"
+            if need.nvme[i] and cluster.node_nvme_bytes is not None
+            else ""
+        )
+        return dataclasses.replace(
+            _too_small(e.take(np.array([i])), cluster, job, looked),
+            why=f"{e.candidates.strategy(i).label()} on {cluster.ranks} needs "
+            f"{format_bytes(float(need.total[i]))} of host memory a node{there}{disks}",
+        )
+
     def _refused(self, cluster: Cluster, job: Job) -> str:
         """The rule that forbids everything."""
         ask = self.ask
         x = Context(spec=ask.spec, job=job, cluster=cluster)
         space = spread_of(ask.spec, job, cluster, ask.fixed, ask.target)
         found = fewest_broken(space, x, ask.target)
-        if not found:
-            return f"{cluster.ranks} ranks do not divide the global batch {job.global_batch}"
-        return found[0][1]
+        if found:
+            return found[0][1]
+        fixed = ", ".join(f"{k} {v}" for k, v in ask.fixed.items())
+        return (
+            f"no strategy closes over {cluster.ranks} ranks and the global batch {job.global_batch}"
+            + (f" with {fixed}" if fixed else "")
+        )
 
     def floor_s(self, cluster: Cluster, job: Job) -> float | None:
         """Seconds of one accelerator for one token at the best shape: kernels of forward and backward

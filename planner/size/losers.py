@@ -45,6 +45,9 @@ def refusal(sizer: Sizer, found: Found) -> tuple[str, str] | None:
         return None
     p, s = min(rows, key=lambda row: row[1].device_bytes / row[1].cluster.usable_bytes)
     assert s.strategy is not None
+    if s.why:
+        where = f"the nearest, {s.cluster.ranks} x {p.cluster.accelerator.name}: {s.why}"
+        return where, nearest_change(sizer.ask, p, s) or ""
     parts = sorted(s.parts.items(), key=lambda kv: -kv[1])[:MEMORY_PARTS]
     biggest = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.3g} GiB" for k, v in parts)
     why = (
@@ -216,6 +219,9 @@ def _too_small(sizer: Sizer, small: list[tuple[Point, TooSmall]], point: Point) 
     )  # fmt: skip
     if s.strategy is None:
         return dataclasses.replace(base, constraint="trainer", why=s.why, device_bytes=None)
+    if s.why:
+        change = nearest_change(sizer.ask, p, s)
+        return dataclasses.replace(base, constraint="host", why=s.why, change=change)
     parts = sorted(s.parts.items(), key=lambda kv: -kv[1])[:MEMORY_PARTS]
     biggest = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.3g}" for k, v in parts)
     why = (

@@ -263,10 +263,17 @@ def cluster_of_offer(offer: Offer, nodes: int) -> Cluster | str:
     except UsageError as error:
         return error.what
     notes = tuple(n for n in one.notes if "a node assumed" not in n) + offer.notes
-    return dataclasses.replace(one, source=f"offer:{offer.name} x{nodes}", notes=notes)
+    node = offer.node
+    return dataclasses.replace(
+        one, source=f"offer:{offer.name} x{nodes}", notes=notes,
+        node_ram_bytes=None if node is None else node.ram_bytes,
+        node_nvme_bytes=None if node is None else node.nvme_bytes,
+    )  # fmt: skip
 
 
-def shape_of(offer: Offer) -> tuple[str, int, float | None, int]:
+def shape_of(offer: Offer) -> tuple[object, ...]:
     """What decides speed and memory; the last tells one's own machines apart."""
     own = 0 if offer.cluster is None else id(offer.cluster)
-    return (offer.accelerator.name, offer.per_node, offer.gbps, own)
+    node = offer.node
+    host = (node.ram_bytes, node.nvme_bytes) if node and own == 0 else (None, None)
+    return (offer.accelerator.name, offer.per_node, offer.gbps, *host, own)

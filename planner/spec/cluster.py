@@ -123,6 +123,10 @@ class Cluster:
     source: str
     """probe | catalog:<what> | file:<path>."""
     host: Host | None = None
+    node_ram_bytes: int | None = None
+    """Of a rented node as its provider states it; null = unknown, or probed (then `host` has it)."""
+    node_nvme_bytes: int | None = None
+    """Its local disks; 0 = none, null = unknown."""
     gpus: tuple[Gpu, ...] = ()
     rates: Rates | None = None
     price_usd_per_h: float | None = None
@@ -133,6 +137,11 @@ class Cluster:
     notes: tuple[str, ...] = ()
     """What the probe could not find out, one sentence each."""
     schema: str = field(default=SCHEMA_CLUSTER)
+
+    @property
+    def ram_bytes(self) -> int | None:
+        """Host memory of one node; null = unknown."""
+        return self.node_ram_bytes if self.host is None else self.host.ram_bytes
 
     def __post_init__(self) -> None:
         _require_positive(

@@ -143,9 +143,16 @@ def to_json(value: Any) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file or nothing: a temporary beside it, fsync, rename."""
+    """Write a whole file or nothing: a temporary beside it, fsync, rename. A link's target is replaced, not
+    the link; a device or a pipe is written into."""
     path = Path(path)
     try:
+        if path.is_symlink():
+            path = path.resolve()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with path.open("w", encoding="utf-8") as out:
+                out.write(text)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -159,4 +166,4 @@ def write_text(path: str | Path, text: str) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise FileError("cannot be written", where=str(path), why=str(error)) from None
+        raise FileError("cannot be written", where=str(path), why=error.strerror or "") from None

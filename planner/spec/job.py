@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from outlay.planner.spec.compress import Compression
+from outlay.planner.spec.strategy import MOST
 from outlay.profiles.errors import UsageError
 from outlay.profiles.money import Currency, shown
 from outlay.profiles.units import SECOND_SUFFIX, split_number
@@ -257,6 +258,10 @@ class Job:
             value: Any = getattr(self, key)
             if value < 1:
                 raise UsageError(f"{key} must be at least 1, not {value}")
+            if value > MOST:
+                raise UsageError(
+                    f"{key} of {value:.4g} is more than the largest that makes sense, {MOST:,}"
+                )
         if not 0 <= self.gradient_clipping < math.inf:
             raise UsageError(f"gradient_clipping makes no sense: {self.gradient_clipping}")
         if not 0 <= self.pilot_fraction <= 1:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from outlay.profiles.errors import UsageError
+
+MOST = 2**31 - 1
+"""The largest count that a strategy may have."""
 Checkpointing = Literal["none", "selective", "full"]
 Offload = Literal["none", "cpu", "nvme"]
 Loss = Literal["plain", "fused", "chunked"]
@@ -41,6 +45,13 @@ class Strategy:
     """Elements; null = sized by the planner."""
     allgather_bucket_size: int | None = None
     overlap_comm: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value > MOST:
+                raise UsageError(
+                    f"{name} of {value:.4g} is more than the largest that makes sense, {MOST:,}"
+                )
 
     @property
     def world(self) -> int:

@@ -163,3 +163,8 @@ def test_the_predictions_never_replace_the_cases(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is the file of the cases"):
         predict_file(path, tmp_path / "." / "cases.csv")
     assert path.read_text().startswith("id,model")
+
+
+def test_huge_numbers_are_that_rows_error(tmp_path: Path) -> None:
+    out = predict(LLAMA | {"seq_len": "99999999999999999999"})
+    assert "seq_len: 1e+20 is more than the largest that makes sense" in out["error"]
