@@ -157,7 +157,7 @@ def predicted(plan: Plan) -> tuple[float, str]:
 
 
 @contextlib.contextmanager
-def in_living_ranks() -> Iterator[Callable[[Plan], list[int]]]:
+def in_living_ranks(steps: int = STEPS) -> Iterator[Callable[[Plan], list[int]]]:
     """Growth by rank of a plan, measured in one pool of ranks whose malloc gives memory back."""
     from outlay.runner.host import build_ops, prepare_environment
     from outlay.runner.memory_probe import MALLOC
@@ -174,7 +174,7 @@ def in_living_ranks() -> Iterator[Callable[[Plan], list[int]]]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
     def measure(plan: Plan) -> list[int]:
-        readings = pool.call("outlay.runner.memory_probe:reading_in_rank", plan, STEPS)
+        readings = pool.call("outlay.runner.memory_probe:reading_in_rank", plan, steps)
         return [r.growth_bytes for r in readings]
 
     with contextlib.closing(pool):

@@ -69,15 +69,17 @@ def formats_reference() -> str:
     """The file formats: every key, its type and meaning, from the dataclasses that check them."""
     from outlay.planner import jobs
     from outlay.planner.cases import COLUMNS_IN, COLUMNS_OUT
-    from outlay.planner.spec import cluster, job, measurement, plan, strategy
+    from outlay.planner.spec import cluster, compress, job, measurement, plan, strategy
 
     parts = [
         HEAD
         + "# File formats\n\nFiles are YAML or JSON and carry `schema`. Unknown keys are refused.\n"
     ]
     for kind in (
-        jobs.JobFile, plan.Plan, plan.ModelSource, plan.Alternative, plan.Gain, job.Job, job.Budget, job.Optimizer,
-        job.Schedule, job.Data, strategy.Strategy, cluster.Cluster, cluster.Link, cluster.Host, cluster.Gpu,
+        jobs.JobFile, plan.Plan, plan.ModelSource, plan.Alternative, plan.Gain, job.Job, job.Budget,
+        job.Assume, job.Currency, job.Optimizer,
+        job.Schedule, job.Data, compress.Compression, compress.Pruning, compress.Qat, compress.Distill,
+        strategy.Strategy, cluster.Cluster, cluster.Link, cluster.Host, cluster.Gpu,
         cluster.Rates, measurement.Measurement, measurement.Event, measurement.Outcome,
     ):  # fmt: skip
         summary = (inspect.getdoc(kind) or "").split("\n\n")[0]
@@ -93,24 +95,45 @@ def formats_reference() -> str:
 
 
 def rules_reference() -> str:
-    """Every rule with its evidence."""
-    from outlay.planner.rules import RULES, VERSIONS
+    """Every rule with its evidence: over strategies, and over configurations."""
+    from outlay.planner.rules import RULES
+    from outlay.planner.rules.config import all_config_rules
 
-    rows = [f"| `{r.name}` | {r.kind} | {r.evidence} |" for r in RULES]
+    rows = [
+        f"| `{r.name}` | {r.kind} | {r.effect if r.kind == 'deepspeed' else ''} | "
+        f"{r.versions if r.kind == 'deepspeed' else ''} | {r.evidence} |"
+        for r in RULES
+    ]
+    configs = [
+        f"| `{r.name}` | {r.level} | {r.summary} | {r.versions if r.deepspeed else ''} | {r.evidence} |"
+        for r in all_config_rules()
+    ]
     return (
-        HEAD + f"# Rules\n\nWhat forbids a strategy, for DeepSpeed {VERSIONS}.\n\n"
-        "| rule | kind | evidence |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        HEAD
+        + "# Rules\n\nWhat forbids a strategy: `plan` and `size` search only what these leave. Paths are "
+        "under `deepspeed/` of 0.19.8. What it does with such a plan: illegal = it refuses, or fails at the first "
+        "step; ignored, changed = it starts, and does something else.\n\n"
+        "| rule | kind | DeepSpeed | versions | evidence |\n|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n\n# Rules of `outlay check`\n\nWhat a configuration breaks. illegal: it will not start; ignored: what it "
+        "says has no effect; changed: something else happens; advice: it could be better.\n\n"
+        "| rule | level | what | DeepSpeed | evidence |\n|---|---|---|---|---|\n"
+        + "\n".join(configs)
+        + "\n"
     )
 
 
 README = Path(__file__).parent.parent / "README.md"
 GUIDES = Path(__file__).parent / "guides"
+FILES = GUIDES / "files"
+"""What commands in the pages name: they are run beside copies of these."""
 _BLOCK = re.compile(r"^```\n\$ (outlay (?:[^\n]*\\\n)*[^\n]*)\n(.*?)^```$", re.M | re.S)
 
 
 def refreshed(page: Path) -> str:
     """A page with the output of each `$ outlay …` block as the command prints it now."""
     import shlex
+    import shutil
     import tempfile
 
     from click.testing import CliRunner
@@ -121,6 +144,7 @@ def refreshed(page: Path) -> str:
     def run(match: re.Match[str]) -> str:
         args = shlex.split(match[1].replace("\\\n", " "))[1:]
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            shutil.copytree(FILES, folder, dirs_exist_ok=True)
             result = CliRunner().invoke(cli, args)
         if result.exception and not isinstance(result.exception, OutlayError | SystemExit):
             raise result.exception

@@ -9,6 +9,7 @@ from typing import Any
 
 from outlay.planner.emit.deepspeed import deepspeed_config
 from outlay.planner.estimate.estimator import estimate_dict
+from outlay.planner.estimate.exported import require_export_size
 from outlay.planner.estimate.parameters import parameter_counts
 from outlay.planner.reasons import by_search, gains, limited_by
 from outlay.planner.search import SearchResult, alternatives, search
@@ -37,6 +38,7 @@ def make_plan(
 ) -> Plan:
     """The best strategy that fits. Raises NotFeasible. `with_gains`: search again for what more of
     each thing would give."""
+    require_export_size(spec, job)
     result = search(spec, job, cluster, fixed, target=TARGETS[target])
     best = result.best_index
     check_deadline(result, job, cluster, deadline_s)

@@ -56,6 +56,14 @@ def loss(parameters: float, tokens: float, law: Law = BESIROGLU) -> float:
     return float(law.e + law.a / parameters**law.alpha + law.b / tokens**law.beta)
 
 
+def _check_overtrain(overtrain: float) -> None:
+    if not 0 < overtrain < math.inf:
+        raise UsageError(
+            f"over-training of {overtrain:g} makes no sense", where="--overtrain",
+            do="give a factor of 1 or more",
+        )  # fmt: skip
+
+
 def optimum(flops: float, *, overtrain: float = 1.0, law: Law = BESIROGLU) -> Optimum:
     """Parameters and tokens of least loss for so many FLOPs (Hoffmann, equation 4):
     N = G·(C/6)^a, D = (C/6)^b/G, G = (alpha·A/(beta·B))^(1/(alpha+beta)), a = beta/(alpha+beta).
@@ -65,10 +73,7 @@ def optimum(flops: float, *, overtrain: float = 1.0, law: Law = BESIROGLU) -> Op
     """
     if not 0 < flops < math.inf:
         raise UsageError(f"{flops:g} FLOPs train nothing")
-    if not 0 < overtrain < math.inf:
-        raise UsageError(
-            f"over-training of {overtrain:g} makes no sense", do="give a factor of 1 or more"
-        )
+    _check_overtrain(overtrain)
     whole = law.alpha + law.beta
     g = (law.alpha * law.a / (law.beta * law.b)) ** (1 / whole)
     product = flops / FLOPS_A_PARAMETER_TOKEN
@@ -81,6 +86,9 @@ def optimum_for_parameters(
     parameters: float, *, overtrain: float = 1.0, law: Law = BESIROGLU
 ) -> Optimum:
     """The tokens that make a model of that size compute-optimal, times the over-training."""
+    _check_overtrain(overtrain)
+    if not 0 < parameters < math.inf:
+        raise UsageError(f"a model of {parameters:g} parameters makes no sense", do="give 7B")
     whole = law.alpha + law.beta
     g = (law.alpha * law.a / (law.beta * law.b)) ** (1 / whole)
     product = (parameters / g) ** (whole / law.beta)

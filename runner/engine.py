@@ -14,11 +14,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import io
 import os
 import random
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,9 +29,23 @@ from torch import nn
 
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import OutlayError, UsageError
-from outlay.runner import engine_state, repairs
+from outlay.runner import engine_state, repairs, swap
+from outlay.runner.adapters import adapt
+from outlay.runner.compress import training as compression
+from outlay.runner.compress.distill import Distiller
 from outlay.runner.host import tame_deepspeed
-from outlay.runner.model import Filler, blocks_of, causal_lm_loss, parts_of, recompute, skeleton
+from outlay.runner.loading import fill_partitioned, gathered, quiet, refusals
+from outlay.runner.loss import attach, model_loss
+from outlay.runner.model import (
+    Filler,
+    blocks_of,
+    compile_blocks,
+    parts_of,
+    recompute,
+    skeleton,
+)
+from outlay.runner.optimizers import Build, own_optimizer, set_rates
+from outlay.runner.quantized import fill
 from outlay.runner.refuse import refuse
 
 
@@ -90,18 +104,13 @@ def init_process_group(
         )
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """DeepSpeed prints while it builds, saves and loads; stdout is for data."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
 class Engine:
     """ZeRO 0–3 over all ranks. `PipelineEngine` (runner/pipeline.py) is the same with stages."""
 
     pipeline = False
     """Whether the model is cut into stages."""
+    _swap: Path | None = None
+    """A folder for NVMe that is this engine's alone."""
 
     def __init__(self, plan: Plan, engine: Any) -> None:
         self.plan = plan
@@ -115,7 +124,9 @@ class Engine:
         repairs.load_weights_only(engine)
         repairs.keep_grad_norm(engine)
         repairs.forget_first_step(engine)
-        seed_everything(plan.job.seed, self.rank)
+        seed_everything(plan.job.seed, self._seed_of_rank())
+        self.compressor = compression.Compressor.of(self)
+        self.distiller = Distiller.of(self)
 
     @classmethod
     def build(cls, plan: Plan) -> Engine:
@@ -127,32 +138,59 @@ class Engine:
         refuse(plan, torch.distributed.get_world_size(), get_accelerator().device_name())
         if plan.job.precision == "tf32":
             torch.set_float32_matmul_precision("high")
-        kind: type[Engine] = Engine
-        if plan.strategy.pp > 1:
-            from outlay.runner.pipeline import PipelineEngine
-
-            kind = PipelineEngine
+        kind, folder = _kind_of(plan), None
+        if not swap.named(plan):
+            plan, folder = swap.in_temporary(plan)
         try:
-            return kind(plan, kind._initialize(plan))
+            made = kind(plan, kind._initialize(plan))
         except BaseException:
+            kind._undo()
             repairs.release(None)
+            _remove(folder)
             raise
+        made._swap = folder
+        return made
 
     @staticmethod
-    def _initialize(plan: Plan) -> Any:
+    def _initialize(plan: Plan, groups_of: Callable[[Plan, nn.Module], Any] | None = None) -> Any:
+        """`groups_of` makes DeepSpeed's mpu where ranks share a sequence."""
         config = copy.deepcopy(plan.deepspeed)
         model = skeleton(plan.model, precision=plan.job.precision, attention=plan.job.attention)
+        compression.prepare(model, plan)
         filler = Filler(model, plan.model, seed=plan.job.seed, device=current_device())
         if plan.strategy.zero == 3:
-            _fill_partitioned(model, filler, config)
+            fill_partitioned(model, filler, config)
         else:
-            filler.fill("")
+            fill(model, filler, plan.job)
+        adapt(model, plan.job)
+        attach(model, plan.strategy.loss)
         if plan.strategy.activation_checkpointing == "full":
             recompute(list(blocks_of(model)), plan.strategy.recompute_layers)
-        return initialize(model, config)
+        if plan.job.compile:
+            compile_blocks(list(blocks_of(model)))
+        groups = None if groups_of is None else groups_of(plan, model)
+        return initialize(model, config, groups, build=own_optimizer(plan, model))
+
+    @staticmethod
+    def _undo() -> None:
+        """Put back what building replaced in other packages."""
 
     def _data_parallel(self) -> tuple[int, int]:
         return self.rank, self.world
+
+    def _seed_of_rank(self) -> int:
+        """Ranks with the same number draw the same dropout."""
+        return self.rank
+
+    @property
+    def _loss_weight(self) -> float:
+        """By what the loss is multiplied before its backward pass."""
+        return 1.0
+
+    @property
+    def _losses(self) -> int:
+        """How many means the ranks' losses sum up to."""
+        return self.world
 
     def train_step(self, micro_batches: Sequence[torch.Tensor]) -> float:
         """One optimizer step; mean loss of the global batch, the same number on all ranks."""
@@ -161,8 +199,8 @@ class Engine:
         total = torch.zeros((), device=self.device)
         for batch in micro_batches:
             ids = batch.to(self.device, non_blocking=True)
-            loss = causal_lm_loss(self.deepspeed(input_ids=ids).logits, ids)
-            self.deepspeed.backward(loss)
+            loss = self._loss(ids) if self.distiller is None else self.distiller.loss(ids)
+            self.deepspeed.backward(loss * self._loss_weight)
             self.deepspeed.step()
             total += loss.detach()
         return self._mean_over_ranks(total, len(micro_batches))
@@ -178,17 +216,21 @@ class Engine:
         with torch.no_grad():
             for batch in batches:
                 ids = batch.to(self.device, non_blocking=True)
-                total += causal_lm_loss(self.deepspeed(input_ids=ids).logits, ids)
+                total += self._loss(ids)
                 count += 1
         self.deepspeed.train()
         if count == 0:
             raise UsageError("there is not one batch to evaluate on")
         return self._mean_over_ranks(total, count)
 
+    def _loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mean loss of one micro-batch, through the engine."""
+        return model_loss(self.deepspeed, ids, self.plan.strategy.loss)
+
     def _mean_over_ranks(self, total: torch.Tensor, count: int) -> float:
         if self.world > 1:
             torch.distributed.all_reduce(total)
-        return float(total) / (count * self.world)
+        return float(total) / (count * self._losses)
 
     def _check_batches(self, micro_batches: Sequence[torch.Tensor]) -> None:
         strategy, job = self.plan.strategy, self.plan.job
@@ -202,8 +244,7 @@ class Engine:
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self.deepspeed.optimizer.param_groups, self.plan.job.optimizer, lr)
 
     @property
     def last_grad_norm(self) -> float | None:
@@ -215,6 +256,8 @@ class Engine:
         """Write all that `load` needs; `client_state` must be JSON (position in the data, ledger …)."""
         with quiet():
             engine_state.save(self.deepspeed, self.plan, folder, client_state)
+        if self.compressor is not None:
+            self.compressor.save(folder)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Continue where `save` was called, bit for bit; returns its `client_state`.
@@ -223,7 +266,10 @@ class Engine:
         hashes first (`runner/checkpoint.py` does).
         """
         with quiet():
-            return engine_state.load(self.deepspeed, self.plan, folder)
+            state = engine_state.load(self.deepspeed, self.plan, folder)
+        if self.compressor is not None:
+            self.compressor.load(folder)
+        return state
 
     def gather_state_dict(self) -> dict[str, torch.Tensor] | None:
         """On rank 0 all weights by transformers' names, on the CPU, ties kept; null on the others."""
@@ -231,16 +277,30 @@ class Engine:
 
         module: nn.Module = self.deepspeed.module
         values: dict[int, torch.Tensor] = {}
-        for part in parts_of(module):
-            tensors = list(module.get_submodule(part).parameters())
-            with _gathered(tensors, self.plan.strategy.zero):
-                if self.rank == 0:
-                    host_copies(tensors, values)
+        # DeepSpeed has buffers for a few tensors on NVMe, not for a whole block.
+        one_by_one = self.plan.strategy.offload_param == "nvme"
+        with self._at_rest():
+            for part in parts_of(module):
+                weights = list(module.get_submodule(part).parameters())
+                for tensors in [[weight] for weight in weights] if one_by_one else [weights]:
+                    with gathered(tensors, self.plan.strategy.zero):
+                        if self.rank == 0:
+                            host_copies(tensors, values)
         if self.rank != 0:
             return None
         state = module.state_dict(keep_vars=True)
         host_copies([t for t in state.values() if id(t) not in values], values)
         return {name: values[id(tensor)] for name, tensor in state.items()}
+
+    @contextlib.contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """ZeRO-3 with nothing under way: a forward pass may leave the next weights half gathered."""
+        if self.plan.strategy.zero < 3:
+            yield
+            return
+        self.deepspeed.optimizer.checkpoint_event_prologue()
+        yield
+        self.deepspeed.optimizer.checkpoint_event_epilogue()
 
     def close(self) -> None:
         """Free the model, the optimizer and the groups; the process group of the ranks stays."""
@@ -250,11 +310,39 @@ class Engine:
             # A peer may still be reading from a group; but one that failed must not wait for it.
             torch.distributed.barrier()
         engine, self.deepspeed = self.deepspeed, None
+        if self.compressor is not None:
+            self.compressor.close()
+        if self.distiller is not None:
+            self.distiller.close()
+        self._undo()
         repairs.release(engine)
+        _remove(self._swap)
         del engine
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kind_of(plan: Plan) -> type[Engine]:
+    """Which engine runs this strategy."""
+    if plan.strategy.pp > 1:
+        from outlay.runner.pipeline import PipelineEngine
+
+        return PipelineEngine
+    if plan.strategy.tp > 1:
+        from outlay.runner.parallel.tensor import TensorParallelEngine
+
+        return TensorParallelEngine
+    if plan.strategy.sp > 1:
+        from outlay.runner.parallel.sequence import SequenceParallelEngine
+
+        return SequenceParallelEngine
+    return Engine
 
 
 def current_device() -> torch.device:
@@ -264,28 +352,18 @@ def current_device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def initialize(model: nn.Module, config: dict[str, Any]) -> Any:
-    """`deepspeed.initialize`, with its refusals as one clear error."""
+def initialize(
+    model: nn.Module, config: dict[str, Any], mpu: Any = None, build: Build | None = None
+) -> Any:
+    """`deepspeed.initialize`, with its refusals as one clear error. `build`: our own optimizer."""
     import deepspeed
 
-    weights = [p for p in model.parameters() if p.requires_grad]
-    with quiet(), _refusals():
-        return deepspeed.initialize(model=model, model_parameters=weights, config=config)[0]
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    from deepspeed import DeepSpeedConfigError
-    from pydantic import ValidationError
-
-    try:
-        yield
-    except (AssertionError, DeepSpeedConfigError, ValidationError) as error:
-        raise UsageError(
-            "DeepSpeed refuses the configuration of this plan",
-            why=str(error) or type(error).__name__,
-            do="plan again, or correct the plan's `deepspeed` section",
-        ) from error
+    given: dict[str, Any] = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
+    if build is not None:
+        config = {key: value for key, value in config.items() if key != "optimizer"}
+        given["optimizer"] = build
+    with quiet(), refusals():
+        return deepspeed.initialize(model=model, config=config, mpu=mpu, **given)[0]
 
 
 def seed_everything(seed: int, rank: int) -> None:
@@ -296,21 +374,3 @@ def seed_everything(seed: int, rank: int) -> None:
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)
-
-
-def _fill_partitioned(model: nn.Module, filler: Filler, config: dict[str, Any]) -> None:
-    """Fill and split one part at a time, so that no rank ever holds the whole model."""
-    import deepspeed
-
-    with quiet(), _refusals():
-        for part in parts_of(model):
-            deepspeed.zero.Init(module=filler.fill(part), config_dict_or_path=config)
-
-
-def _gathered(parameters: list[nn.Parameter], zero: int) -> contextlib.AbstractContextManager[Any]:
-    if zero < 3 or not parameters:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
-    return gathered

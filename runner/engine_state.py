@@ -1,6 +1,7 @@
 """What one engine writes and reads: DeepSpeed's shards, the random states, the runner's own state.
 
     FOLDER/shards/                what DeepSpeed writes, under an explicit tag (never `latest`)
+    FOLDER/swapped/               states that live on NVMe (swap_state.py)
     FOLDER/rng/rank-00000.pt      random states of each rank
     FOLDER/client_state.json      position in the data, ledger: whatever the caller keeps
     FOLDER/engine.json            the parallelism that wrote it
@@ -10,6 +11,7 @@ Nothing here is safe against a crash; `checkpoint.py` makes it so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import CheckpointError, UsageError
+from outlay.runner import swap_state
 
 TAG = "shards"
 RNG_FOLDER = "rng"
@@ -34,7 +37,12 @@ def save(engine: Any, plan: Plan, folder: Path, client_state: dict[str, Any]) ->
         raise UsageError("the client state of a checkpoint must be JSON", why=str(error)) from error
     rank = torch.distributed.get_rank()
     (folder / RNG_FOLDER).mkdir(parents=True, exist_ok=True)
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    with _states_apart(engine):
+        engine.save_checkpoint(
+            str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=_adapters(plan)
+        )
+    if swap_state.on_nvme(engine):
+        swap_state.save(engine, folder)
     torch.save(_random_states(), _rng_file(folder, rank))
     if rank == 0:
         (folder / _CLIENT_STATE).write_text(text + "\n", encoding="utf-8")
@@ -54,13 +62,28 @@ def load(engine: Any, plan: Plan, folder: Path) -> dict[str, Any]:
             why="; ".join(differ),
             do="resume with the plan that wrote it",
         )
-    path, _ = engine.load_checkpoint(str(folder), tag=TAG)
+    with _states_apart(engine):
+        path, _ = engine.load_checkpoint(
+            str(folder), tag=TAG, load_module_strict=not _adapters(plan)
+        )
     if path is None:
         raise CheckpointError(f"DeepSpeed found no shards under {TAG}/", where=str(folder))
+    if swap_state.on_nvme(engine):
+        swap_state.load(engine, folder)
     rank = torch.distributed.get_rank()
     _restore(torch.load(_rng_file(folder, rank), map_location="cpu", weights_only=True))
     state: dict[str, Any] = json.loads((folder / _CLIENT_STATE).read_text(encoding="utf-8"))
     return state
+
+
+def _adapters(plan: Plan) -> bool:
+    """Whether frozen weights are left out: they come from where the plan says."""
+    return plan.job.finetune is not None
+
+
+def _states_apart(engine: Any) -> contextlib.AbstractContextManager[None]:
+    nvme = swap_state.on_nvme(engine)
+    return swap_state.without_deepspeeds_own(engine) if nvme else contextlib.nullcontext()
 
 
 def _rng_file(folder: Path, rank: int) -> Path:
@@ -68,7 +91,7 @@ def _rng_file(folder: Path, rank: int) -> Path:
 
 
 def _layout(plan: Plan) -> dict[str, Any]:
-    strategy = plan.strategy
+    strategy, how = plan.strategy, plan.job.finetune
     keys = ("zero", "dp", "tp", "pp", "sp", "ep", "offload_optimizer", "offload_param")
     return {
         **{key: getattr(strategy, key) for key in keys},
@@ -76,6 +99,7 @@ def _layout(plan: Plan) -> dict[str, Any]:
         "optimizer": plan.job.optimizer.name,
         "model_type": plan.model.config.get("model_type"),
         "parameters": plan.model.parameters,
+        **({} if how is None else {"finetune": f"{how.method}:r{how.rank}"}),
     }
 
 

@@ -1,4 +1,5 @@
-"""Trained weights as a folder that transformers loads: config.json, safetensors, tokenizer.
+"""Trained weights as a folder that transformers loads: config.json, safetensors, tokenizer. Adapters
+are merged into it, and lie in its adapter/ as peft reads them.
 
 Written beside its target and renamed when it is whole, so that a folder of that name is always
 complete.
@@ -17,6 +18,7 @@ import torch
 
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import FileError
+from outlay.runner.adapters import merged, write_factors
 
 SHARD_BYTES = 5 * 10**9
 """Largest safetensors file; what the hub's tools use too."""
@@ -56,13 +58,15 @@ def export_safetensors(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_weights(untied(state), partial, shard_bytes)
+        _write_weights(untied(merged(state, plan)), partial, shard_bytes)
+        write_factors(state, plan, partial / "adapter")
         config = _export_config(plan, next(iter(state.values())).dtype)
         config.save_pretrained(partial)
         if tokenizer_path is not None:
             _write_tokenizer(tokenizer_path, config, plan.job.seq_len, partial)
-        for path in partial.iterdir():
-            sync_file(path)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                sync_file(path)
         _replace(partial, folder)
     except OSError as error:
         raise FileError(

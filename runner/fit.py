@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from outlay.planner.rules import Context, broken
+from outlay.planner.compression import check_job
+from outlay.planner.rules import VERSIONS, Context, broken
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.families import spec_from_config
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import MissingExtra, NotFeasible, UsageError
 from outlay.profiles.units import format_bytes
+from outlay.runner.needs import check_needs
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "tensorboard")
-DEEPSPEED = (0, 19)
-"""The release whose configuration and checkpoints this runner knows."""
+DEEPSPEED = ((0, 19, 8), (0, 20))
+"""From, below: the releases whose configuration and checkpoints this runner knows (planner/rules)."""
 
 
 def check_software() -> None:
@@ -23,17 +25,26 @@ def check_software() -> None:
             found = version(package)
         except PackageNotFoundError:
             raise MissingExtra(package, "run") from None
-        if package == "deepspeed" and _major_minor(found) != DEEPSPEED:
+        first, beyond = DEEPSPEED
+        if package == "deepspeed" and not first <= _release(found) < beyond:
             raise UsageError(
-                f"DeepSpeed {found} is installed, "
-                f"and this runner knows {DEEPSPEED[0]}.{DEEPSPEED[1]}",
+                f"DeepSpeed {found} is installed, and this runner knows {VERSIONS}",
                 why="configuration keys and checkpoints differ between its releases",
                 do="pip install 'outlay[run]'",
             )
 
 
-def _major_minor(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
+
+
+def _check_torchao(plan: Plan) -> None:
+    if plan.job.compress is None or plan.job.compress.qat is None:
+        return
+    try:
+        version("torchao")
+    except PackageNotFoundError:
+        raise MissingExtra("torchao", "compress") from None
 
 
 def check_rules(plan: Plan) -> None:
@@ -43,6 +54,9 @@ def check_rules(plan: Plan) -> None:
     if problems:
         rule, message = problems[0]
         raise UsageError(message, where="strategy", why=f"{rule.name}: {rule.evidence}")
+    check_job(plan.job, spec)
+    _check_torchao(plan)
+    check_needs(plan)
     stage = plan.deepspeed.get("zero_optimization", {}).get("stage")
     if stage != plan.strategy.zero:
         raise UsageError(

@@ -116,7 +116,9 @@ def tame_deepspeed() -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # transformers imports torchao where it is installed, which lists kernels that do not matter here
+    for name in ("DeepSpeed", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed calls torch's collectives by names that torch is about to drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:2])

@@ -13,6 +13,7 @@ from outlay.planner.spec.files import plain
 from outlay.planner.spec.measurement import Outcome
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import CheckpointError, UsageError
+from outlay.runner import swap
 from outlay.runner.booking import Booking, book
 from outlay.runner.budget import OPTIMISTIC_STARTUP_S, Meter, Spent
 from outlay.runner.energy import ENERGY_BASE, energy_of
@@ -69,6 +70,7 @@ def run_plan(
         spent = _more(meter.earlier, checkpoint)
         _prepare_data(plan, folder)
         environment = rank_environment(plan)
+        swap.make_room(plan, folder.root)
         booking = book(plan, limits, folder.root, spent)
         try:
             limits = replace(limits, drawn=booking.drawn(spent))
@@ -88,6 +90,7 @@ def run_plan(
                 booking=booking,
             )
         finally:
+            swap.clear(plan, folder.root)
             booking.close(meter.attempt(), state="failed", reason="ended early", steps=0)
 
 

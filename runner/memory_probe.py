@@ -24,6 +24,7 @@ from outlay.runner.failures import cause_of
 from outlay.runner.folder import RunFolder
 from outlay.runner.launch import rank_environment
 from outlay.runner.processes import Ranks, Signals
+from outlay.runner.swap import placed
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
@@ -97,7 +98,7 @@ def measure_in_rank(folder: RunFolder, steps: int) -> None:
     from outlay.runner.engine import RankInfo
 
     rank = RankInfo.from_environment().rank
-    reading = reading_in_rank(folder.read_plan(), steps)
+    reading = reading_in_rank(placed(folder.read_plan(), folder.root), steps)
     text = json.dumps(plain(dataclasses.replace(reading, rank=rank)))
     write_text(_reading(folder, rank), text)
 
@@ -119,6 +120,11 @@ def _tiny(plan: Plan) -> Plan:
     layers = max(2, plan.strategy.pp)
     config = {**_TINY, "num_hidden_layers": layers, "max_position_embeddings": plan.job.seq_len}
     model = dataclasses.replace(plan.model, name="warm-up", config=config, weights=None)
+    compress = plan.job.compress
+    if compress is not None and compress.distill is not None:
+        # a teacher reads another vocabulary than the small model
+        job = dataclasses.replace(plan.job, compress=None)
+        return dataclasses.replace(plan, model=model, job=job)
     return dataclasses.replace(plan, model=model)
 
 
@@ -128,6 +134,8 @@ def _steps(plan: Plan, steps: int) -> None:
     from outlay.runner.engine import Engine
 
     engine = Engine.build(plan)
+    if engine.distiller is not None:
+        engine.distiller.pretend()
     shape = (plan.strategy.micro_batch, plan.job.seq_len)
     vocab = int(plan.model.config["vocab_size"])
     made = torch.Generator().manual_seed(engine.dp_rank)

@@ -222,14 +222,18 @@ class WeightFiles:
         raise FileError(f"the weight {name} is not there", where=str(self.folder))
 
 
-def causal_lm_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of each next token; logits [b, s, v], ids [b, s].
+def next_tokens(ids: torch.Tensor) -> torch.Tensor:
+    """Label of each position, [b, s].
 
     The labels are shifted, not the logits: a slice of the logits would be copied.
     """
-    labels = functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+    return functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+
+
+def causal_lm_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of each next token; logits [b, s, v], ids [b, s]."""
     return functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED
+        logits.flatten(0, 1).float(), next_tokens(ids).flatten(), ignore_index=IGNORED
     )
 
 
@@ -252,3 +256,10 @@ def recompute(blocks: list[Any], count: int | None) -> None:
     for block in blocks[: len(blocks) if count is None else count]:
         block.gradient_checkpointing = True
         block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def compile_blocks(blocks: list[Any]) -> None:
+    """Each block through torch.compile, in place: names in the state dict stay. All blocks of one shape
+    share what was compiled; the first step takes about a minute longer, so does the first evaluation."""
+    for block in blocks:
+        block.compile()

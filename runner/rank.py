@@ -22,6 +22,7 @@ from outlay.runner.energy import ENERGY_BASE, energy_of
 from outlay.runner.events import EventLog
 from outlay.runner.failures import note_failure
 from outlay.runner.folder import RunFolder
+from outlay.runner.swap import placed
 
 
 def main() -> None:
@@ -80,10 +81,11 @@ def _meter(plan: Plan, folder: RunFolder) -> Meter:
 
 
 def _train(folder: RunFolder, checkpoint: Path | None, stop: processes.StopRequest) -> int:
-    plan = folder.read_plan()
+    plan = placed(folder.read_plan(), folder.root)
     meter = _meter(plan, folder)
     log = EventLog(folder.events, meter.elapsed_s)
     from outlay.runner.checkpoint import load_checkpoint
+    from outlay.runner.compress.teacher_share import open_teacher
     from outlay.runner.data.dataset import TokenDataset
     from outlay.runner.engine import Engine, RankInfo
     from outlay.runner.train import Trainer
@@ -109,6 +111,7 @@ def _train(folder: RunFolder, checkpoint: Path | None, stop: processes.StopReque
             engine.load if processes.SUPERVISOR in os.environ else partial(load_checkpoint, engine)
         )
         trainer.restore(load(checkpoint), str(checkpoint))
+    open_teacher(trainer)
     log.write("rank_ready", trainer.step, rank=info.rank)
     code = trainer.run()
     log.close()

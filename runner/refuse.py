@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from outlay.planner.rules import OFFLOADED
+from outlay.planner.rules import OFFLOADED, Context, broken
+from outlay.planner.rules.runner_compress import COMPRESS_RULES
+from outlay.planner.rules.runner_distill import DISTILL_RULES
+from outlay.planner.rules.runner_methods import METHOD_RULES
+from outlay.planner.rules.runner_parallel import PARALLEL_RULES
+from outlay.planner.spec.families import spec_from_config
 from outlay.planner.spec.plan import Plan
 from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import UsageError
 
 _ONE_ONLY = {
-    "tp": "tensor parallel",
-    "sp": "sequence parallel",
     "ep": "expert parallel",
     "cp": "context parallel",
     "vpp": "virtual pipeline stages",
@@ -35,10 +38,9 @@ def _refuse_strategy(plan: Plan, world: int) -> None:
             raise UsageError(
                 f"{what} ({key}={getattr(strategy, key)}) is not run yet", do="plan with 1"
             )
+    _refuse_parallel(plan)
     if strategy.sequence_parallel:
         raise UsageError("sequence_parallel (Megatron's) is estimated only", do="plan without it")
-    if strategy.loss != "plain":
-        raise UsageError(f"the {strategy.loss} loss is not run yet", do="plan with loss: plain")
     if strategy.activation_checkpointing == "selective":
         raise UsageError(
             "selective activation checkpointing is estimated only",
@@ -53,11 +55,33 @@ def _refuse_strategy(plan: Plan, world: int) -> None:
         )
 
 
+def _refuse_parallel(plan: Plan) -> None:
+    """By the planner's own rules: what they let through must run."""
+    spec = spec_from_config(plan.model.config, name=plan.model.name, source=plan.model.source)
+    context = Context(spec=spec, job=plan.job, cluster=plan.cluster)
+    for rule, message in broken(plan.strategy, context, kinds=("runner",)):
+        if rule.name in PARALLEL_RULES:
+            raise UsageError(message, why=rule.evidence, do="plan again: no plan has it")
+        if rule.name in (*METHOD_RULES, *COMPRESS_RULES, *DISTILL_RULES):
+            raise UsageError(
+                message, why=f"{rule.name}: {rule.evidence}", do="plan again without it"
+            )
+
+
 def _refuse_offload(strategy: Strategy, name: str) -> None:
-    """To the host run: the optimizer at ZeRO 1 to 3, the weights with it at ZeRO-3."""
+    """To the host run: the optimizer at ZeRO 1 to 3, the weights with it at ZeRO-3; to NVMe at ZeRO-3."""
     optimizer, weights = strategy.offload_optimizer, strategy.offload_param
-    if "nvme" in (optimizer, weights):
-        raise UsageError("offload to NVMe is not run yet", do="plan with cpu or none")
+    if "nvme" in (optimizer, weights) and strategy.zero != 3:
+        raise UsageError(
+            f"offload to NVMe is not run with ZeRO-{strategy.zero}",
+            why="DeepSpeed keeps the states in memory below stage 3",
+            do="plan with zero: 3, or with cpu",
+        )
+    if weights == "nvme" and optimizer != "nvme":
+        raise UsageError(
+            f"offload_param nvme is not run with offload_optimizer {optimizer}",
+            do="plan with offload_optimizer: nvme",
+        )
     if optimizer != "none" and (strategy.zero == 0 or strategy.pp > 1):
         raise UsageError(
             f"offload_optimizer {optimizer} is not run with ZeRO-{strategy.zero} and pp {strategy.pp}",

@@ -1,6 +1,7 @@
 """Where DeepSpeed 0.19.8 does something else than it says: each repair names the place.
 
-All act on one engine or put back what DeepSpeed changed for the whole process; none patches a class.
+All act on one engine or put back what DeepSpeed changed for the whole process, but `muon_as_written`, which
+unwraps three functions; none patches a class.
 """
 
 from __future__ import annotations
@@ -66,6 +67,22 @@ def forget_first_step(engine: Any) -> None:
     wrapper.optimizer.state.clear()
     for group in wrapper.optimizer.param_groups:
         group.pop("step", None)
+
+
+def muon_as_written() -> None:
+    """Let Muon's functions run uncompiled, on CPU.
+
+    `original_muon.py` wraps them in `torch.compile`, which needs a C++ compiler there and takes about a
+    minute for every shape of matrix.
+    """
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+
+    for name in ("zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz", "muon_update"):
+        for module in (original_muon, muon_optimizer):
+            wrapped = getattr(module, name, None)
+            if wrapped is not None:
+                plain = getattr(wrapped, "_torchdynamo_orig_callable", wrapped)
+                setattr(module, name, plain)
 
 
 def release(engine: Any | None) -> None:

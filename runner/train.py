@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from outlay.profiles.errors import (
 )
 from outlay.runner.budget import SHUTDOWN_S, Bounds, Meter, UpperBound, measure_write_rate
 from outlay.runner.checkpoint import save_checkpoint
+from outlay.runner.compress.progress import Progress
 from outlay.runner.control import Controller, Stop
 from outlay.runner.data.dataset import TokenDataset
 from outlay.runner.events import EventLog
@@ -30,6 +32,8 @@ from outlay.runner.limits import Limits
 from outlay.runner.observed import measurement, memory_now_bytes, peak_memory
 from outlay.runner.own import record
 from outlay.runner.processes import StopRequest
+from outlay.runner.question import Asked
+from outlay.runner.rehearsal import evaluate_within, try_evaluation, try_export
 from outlay.runner.schedule import Decay
 from outlay.runner.telemetry import Scalars
 from outlay.runner.votes import STOPS, Orders, Votes
@@ -46,7 +50,6 @@ _EXIT_CODES: dict[RunState, int] = {
     "budget": EXIT_BUDGET,
     "stopped": EXIT_RESTART_ME,
 }
-
 
 SAVE_AFTER_S = 60.0
 """Wall time between checkpoints where the job does not say how many steps."""
@@ -81,11 +84,8 @@ class Trainer:
         self.step_times_s: list[float] = []
         self.rehearsed = False
         self.scalars: Scalars | None = None
-        grid = {
-            "dp_size": engine.dp_size,
-            "micro_batch": self.strategy.micro_batch,
-            "sequences": self.job.eval_sequences,
-        }
+        micro_batch, sequences = self.strategy.micro_batch, self.job.eval_sequences
+        grid = {"dp_size": engine.dp_size, "micro_batch": micro_batch, "sequences": sequences}
         batches = dataset.heldout_batches(engine.dp_rank, **grid)
         self.heldout = [torch.from_numpy(batch) for batch in batches]
         self.unigram = dataset.heldout_unigram_nats(**grid) if self.lead else None
@@ -98,7 +98,9 @@ class Trainer:
             policy=limits.when_over,
             walltime_s=limits.walltime_s,
         )
+        self.asked = Asked(folder, log)
         self.decay = Decay(self.job.schedule, self.job.optimizer.lr, self.job.steps)
+        self.compression = Progress(engine.compressor, log, lead=self.lead)
 
     def _first_bounds(self) -> Bounds:
         estimate_s = self.plan.estimate.get("step", {}).get("high_s", 0.0)
@@ -175,6 +177,7 @@ class Trainer:
         """(stop, total steps, save, evaluate, rehearse): extras only if the end fits after them."""
         bounds, done = self.bounds, self.step - self.first_step
         decision = self.control.decide(self.step)
+        self.asked.look(self.control, decision, self.step)
         for message in decision.warnings:
             self.log.write("warning", self.step, message=message)
         stop, total_steps = STOPS.index(decision.stop), decision.total_steps
@@ -200,6 +203,7 @@ class Trainer:
         began_s = time.monotonic()
         lr = self.decay.rate(self.step)
         self.engine.set_lr(lr)
+        self.compression.before_step(self.step, self.decay.steps)
         loss = self.engine.train_step([self._batch(i) for i in range(self.strategy.grad_accum)])
         took_s = time.monotonic() - began_s
         self.step += 1
@@ -286,20 +290,25 @@ class Trainer:
         }
 
     def _rehearse(self) -> None:
-        """Time one held-out batch: evaluation is bounded by it until one was done."""
-        if self.bounds.evaluate.measured:
-            return
-        self.engine.evaluate(self.heldout[:1])
-        began_s = time.monotonic()
-        self.engine.evaluate(self.heldout[:1])
-        each_s = time.monotonic() - began_s
+        export, root = self.bounds.export, self.folder.root
+        try_export(self._export_to, export, root, self.votes, lead=self.lead)
         self.rehearsed = True
-        self.bounds.evaluate.guess(1.3 * len(self.heldout) * each_s + 0.1)
+        evaluate, count, bound = self.engine.evaluate, len(self.heldout), self.bounds.evaluate
+        try_evaluation(lambda most: evaluate(self.heldout[:most]), count, bound)
 
-    def _evaluate(self) -> float:
+    def _evaluate(self, *, last: bool = False) -> float | None:
+        """The last one under a budget goes batch by batch, and gives up where the budget ends."""
         began_s = time.monotonic()
-        loss = self.engine.evaluate(self.heldout)
+        evaluate, loss = self.engine.evaluate, None
+        if last and self.meter.budgets and self.strategy.pp == 1:
+            one, count = lambda i: evaluate(self.heldout[i : i + 1]), len(self.heldout)
+            loss = evaluate_within(one, count, self.meter, self.votes, lead=self.lead)
+        else:
+            loss = evaluate(self.heldout)
         took_s = time.monotonic() - began_s
+        if loss is None:
+            self._left_out("the held-out evaluation", took_s)
+            return None
         self.bounds.evaluate.add(took_s)
         if self.lead:
             self.log.write("eval", self.step, loss=loss, unigram=self.unigram, eval_s=took_s)
@@ -308,9 +317,10 @@ class Trainer:
         return loss
 
     def _finish(self, state: RunState, reason: str) -> int:
-        """Save; unless stopped by a signal evaluate and export, as far as the budget reaches."""
+        """Save; unless stopped by a signal export and evaluate, as far as the budget reaches."""
         if self.lead:
-            self.log.write("stop", self.step, message=reason, state=state)
+            kept_s = self.bounds.kept_s()
+            self.log.write("stop", self.step, message=reason, state=state, kept_s=kept_s)
         # nothing trained is worth a save only if there is time for it
         if self.saved_step != self.step and (
             self.step > 0 or self._affords(self.bounds.save, "a first checkpoint")
@@ -318,11 +328,12 @@ class Trainer:
             self._save()
         heldout = exported = None
         if state != "stopped":
-            if self._affords(self.bounds.evaluate, "the held-out evaluation"):
-                heldout = self._evaluate()
             if self._affords(self.bounds.export, "the export"):
                 exported = self._export()
+            if self._affords(self.bounds.evaluate, "the held-out evaluation"):
+                heldout = self._evaluate(last=True)
         memory = peak_memory(self.votes.gather)
+        self.compression.at_end(self.step)
         if self.lead:
             self._write_measurement(*memory)
             self._write_outcome(state, reason, heldout, exported)
@@ -333,24 +344,31 @@ class Trainer:
         upper_s = bound.upper_s()
         short = self.lead and not self.meter.affords(upper_s + SHUTDOWN_S)
         (left_out,) = self.votes.largest(int(short))
-        if left_out and self.lead:
-            left_s = max(0.0, self.meter.remaining_s() or 0.0)
-            self.log.write(
-                "warning",
-                self.step,
-                message=f"{what} is left out: it may take {upper_s:.1f} s, "
-                f"the end {SHUTDOWN_S:.1f} s, and the budget has {left_s:.1f} s left",
-            )
+        if left_out:
+            self._left_out(what, upper_s)
         return not left_out
+
+    def _left_out(self, what: str, takes_s: float) -> None:
+        if not self.lead:
+            return
+        left_s = max(0.0, self.meter.remaining_s() or 0.0)
+        message = f"{what} is left out: it may take {takes_s:.1f} s and more, "
+        message += f"the end {SHUTDOWN_S:.1f} s, and the budget has {left_s:.1f} s left"
+        self.log.write("warning", self.step, message=message)
 
     def _export(self) -> str:
         began_s = time.monotonic()
-        weights = self.engine.gather_state_dict()
-        if weights is not None:
-            export_safetensors(weights, self.plan, self.folder.export, self.dataset.tokenizer_path)
+        if self._export_to(self.folder.export):
             took_s = time.monotonic() - began_s
             self.log.write("export", self.step, path=str(self.folder.export), export_s=took_s)
         return str(self.folder.export)
+
+    def _export_to(self, path: Path) -> bool:
+        """Whether this rank wrote it."""
+        weights = self.engine.gather_state_dict()
+        if weights is not None:
+            export_safetensors(weights, self.plan, path, self.dataset.tokenizer_path)
+        return weights is not None
 
     def _write_measurement(self, kind: str | None, memory_bytes: tuple[int, ...]) -> None:
         result = measurement(
@@ -390,6 +408,7 @@ class Trainer:
             checkpoint=self.checkpoint,
             export=exported,
             heldout_unigram=None if heldout is None else self.unigram,
+            compression=self.compression.report,
         )
         write_text(self.folder.outcome, to_json(outcome))
 

@@ -53,6 +53,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"},
         "model_type": "gpt_neox",
     },
+    "opt": {
+        "model_type": "opt",
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+    },
+    "gemma": {**_LLAMA, "model_type": "gemma", "head_dim": 16, "pad_token_id": 0},
+    "mixtral": {
+        **_LLAMA,
+        "model_type": "mixtral",
+        "sliding_window": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 
 
@@ -92,9 +114,7 @@ def tiny_plan(
         global_batch=how.global_batch,
         steps=steps,
         precision=precision,  # type: ignore[arg-type]
-        optimizer=Optimizer(lr=3e-3),
-        seed=7,
-        **(job or {}),
+        **{"optimizer": Optimizer(lr=3e-3), "seed": 7, **(job or {})},
     )
     cluster = cpu_cluster(how.world)
     model_config = {**CONFIGS[family], **(config or {})}
@@ -161,19 +181,53 @@ def train(plan: Plan, steps: int) -> dict[str, Any]:
         engine.close()
 
 
-def reference(plan: Plan, steps: int) -> dict[str, Any]:
-    """The same training in one process with nothing but torch: AdamW and clipping."""
+def plain_optimizer(how: Optimizer, weights: list[Any]) -> Any:
+    """torch's own of that name; Lion as its paper has it (arXiv 2302.06675, algorithm 2)."""
     import torch
 
-    from outlay.runner.model import build_model, causal_lm_loss
+    rate = {"lr": how.lr, "weight_decay": how.weight_decay}
+    adam = {**rate, "betas": how.betas, "eps": how.eps}
+    if how.name == "adamw":
+        return torch.optim.AdamW(weights, **adam)
+    if how.name == "adam":
+        return torch.optim.Adam(weights, **adam)
+    if how.name == "sgd":
+        return torch.optim.SGD(weights, **rate, momentum=how.momentum)
+    if how.name == "rmsprop":
+        return torch.optim.RMSprop(weights, **rate, eps=how.eps, momentum=how.momentum)
+    if how.name == "adafactor":
+        return torch.optim.Adafactor(weights, **rate)
+
+    class Lion(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            first, second = how.betas
+            for w in self.param_groups[0]["params"]:
+                m = self.state[w].setdefault("m", torch.zeros_like(w))
+                c = first * m + (1 - first) * w.grad
+                w -= how.lr * (torch.sign(c) + how.weight_decay * w)
+                m.copy_(second * m + (1 - second) * w.grad)
+
+    assert how.name == "lion"
+    return Lion(weights, {"lr": how.lr})
+
+
+def reference(plan: Plan, steps: int) -> dict[str, Any]:
+    """The same training in one process with nothing but torch: optimizer and clipping."""
+    import torch
+
+    from outlay.runner.adapters import adapt
+    from outlay.runner.model import Filler, causal_lm_loss, skeleton
+    from outlay.runner.quantized import fill
 
     job = plan.job
-    model = build_model(plan.model, precision=job.precision, attention=job.attention, seed=job.seed)
+    model: Any = skeleton(plan.model, precision=job.precision, attention=job.attention)
+    filler = Filler(model, plan.model, seed=job.seed, device=torch.device("cpu"))
+    fill(model, filler, job)
     model.train()
-    how = job.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=how.lr, betas=how.betas, eps=how.eps, weight_decay=how.weight_decay
-    )
+    adapt(model, job)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = plain_optimizer(job.optimizer, weights)
     losses, norms = [], []
     for step in range(steps):
         ids = global_batch(step)
@@ -285,6 +339,52 @@ def block_forwards(plan: Plan) -> dict[str, Any]:
         engine.close()
 
 
+def saved_and_resumed(plan: Plan, folder: str, before: int, after: int) -> dict[str, Any]:
+    """Losses of `after` steps: straight through, and from a checkpoint in another engine."""
+    from pathlib import Path
+
+    from outlay.runner.engine import Engine
+
+    def losses(engine: Engine, steps: range) -> list[float]:
+        return [engine.train_step(micro_batches(plan, i, engine.dp_rank)) for i in steps]
+
+    engine = Engine.build(plan)
+    try:
+        losses(engine, range(before))
+        engine.save(Path(folder), {})
+        through = losses(engine, range(before, before + after))
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.deepspeed.module.parameters())
+    finally:
+        engine.close()
+    engine = Engine.build(plan)
+    try:
+        engine.load(Path(folder))
+        resumed = losses(engine, range(before, before + after))
+    finally:
+        engine.close()
+    return {"through": through, "resumed": resumed, "parameters": count}
+
+
+def optimizer_bytes(plan: Plan) -> dict[str, int]:
+    """After a step: bytes of the optimizer's states in this rank, and the elements that they are of."""
+    import torch
+
+    from outlay.runner.engine import Engine
+
+    engine = Engine.build(plan)
+    try:
+        engine.train_step(micro_batches(plan, 0, engine.dp_rank))
+        inner = engine.deepspeed.optimizer.optimizer
+        states = [t for s in inner.state.values() for t in s.values() if torch.is_tensor(t)]
+        weights = [p for group in inner.param_groups for p in group["params"]]
+        return {
+            "states": sum(t.numel() * t.element_size() for t in states),
+            "elements": sum(p.numel() for p in weights),
+        }
+    finally:
+        engine.close()
+
+
 def still_at_zero_lr(plan: Plan) -> dict[str, Any]:
     """Losses of the same batch: two steps at lr 0, then one at the job's and one more."""
     from outlay.runner.engine import Engine
@@ -371,6 +471,29 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
             continue
         distance = np.linalg.norm(found["weights"][name] - weight)
         assert distance <= 1e-3 * np.linalg.norm(weight), name
+
+
+def exported_logits(plan: Plan, folder: str) -> Any:
+    """Train two steps in stages and export; the logits of the last stage for one batch, else null."""
+    from pathlib import Path
+
+    from outlay.runner.engine import Engine
+    from outlay.runner.export import export_safetensors
+
+    engine = Engine.build(plan)
+    try:
+        for step in range(2):
+            engine.train_step(micro_batches(plan, step, engine.dp_rank))
+        weights = engine.gather_state_dict()
+        if weights is not None:
+            export_safetensors(weights, plan, Path(folder))
+        ids = global_batch(900)[: plan.strategy.micro_batch]
+        inner = engine.deepspeed
+        inner.reset_activation_shape()
+        _, logits = inner.eval_batch(iter([(ids, ids)]), num_micro_batches=1, return_logits=True)
+        return logits.numpy() if engine.is_loss_rank else None
+    finally:
+        engine.close()
 
 
 def parallel_sizes(plan: Plan) -> dict[str, Any]:

@@ -50,7 +50,10 @@ def test_every_module_and_data_file_is_in_the_wheel(wheel: Path) -> None:
     missing = []
     for room in ("profiles", "planner", "runner"):
         for path in (ROOT / room).rglob("*"):
-            if path.suffix in {".py", ".yaml", ".csv", ".json"} and "__pycache__" not in path.parts:
+            if (
+                path.suffix in {".py", ".yaml", ".csv", ".json", ".txt"}
+                and "__pycache__" not in path.parts
+            ):
                 name = f"outlay/{path.relative_to(ROOT)}"
                 if name not in names:
                     missing.append(name)

@@ -25,7 +25,9 @@ from outlay.planner.spec.strategy import Strategy
 
 def _zero_section(strategy: Strategy, spec: ModelSpec, nvme_path: str | None) -> dict[str, Any]:
     swapped = strategy.offload_optimizer == "nvme"
-    default_reduce, default_gather = bucket_sizes(spec, strategy.tp, strategy.pp, swapped=swapped)
+    default_reduce, default_gather = bucket_sizes(
+        spec, strategy.tp, strategy.pp, strategy.ep, swapped=swapped
+    )
     shards = strategy.dp * strategy.cp * strategy.sp
     reduce_bucket = strategy.reduce_bucket_size or default_reduce
     gather_bucket = strategy.allgather_bucket_size or default_gather

@@ -49,6 +49,8 @@ class Execution:
     mask_bytes: int = 1
     """Of one element of a dropout mask: 1 on a GPU, the width on a CPU (torch's fallback)."""
     finetune: Finetune | None = None
+    peft: bool = False
+    """Whether adapters are peft's, as under DeepSpeed; else litgpt's."""
     """Adapters over frozen weights; null = every weight is trained."""
     quant_saves_input: bool = False
     """A 4-bit linear layer keeps its input though its weight is frozen (bitsandbytes before 0.42)."""
@@ -209,6 +211,17 @@ def adapter_tensors(spec: ModelSpec, block: Block, ex: Execution) -> Iterator[Sa
     """
     f, a, w, h = ex.finetune, block.attention, ex.width, spec.hidden
     if f is None:
+        return
+    if f.method == "dora" or (f.method == "lora" and ex.peft):
+        # peft adapts each projection on its own: a mask and a result for each, or the input they share
+        places = 1 if a.fused_qkv else 2
+        reads = places * (ex.mask_bytes + w) * h if f.dropout else w * h
+        size = reads + places * f.rank * w
+        if f.method == "dora":
+            # the base's and the factors' results, both read by the gradient of the norms
+            outputs = a.q_width + a.v_width + (a.k_width if a.fused_qkv else 0)
+            yield Saved(name="results to scale", size_bytes=2 * w * outputs, split="tp")
+        yield Saved(name="adapter input", size_bytes=size, split="sequence")
         return
     if f.method == "lora":
         reads = (ex.mask_bytes + w) * h if f.dropout else w * h

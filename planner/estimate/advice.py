@@ -128,6 +128,6 @@ def _rows(
                 "device_bytes": round(after),
                 "saves_bytes": round(device - after),
                 "verdict": VERDICTS[int(found.verdict[j])],
-                "runs": bool(run[j]) and one.job.optimizer.name in ("adamw", "adam", "sgd"),
+                "runs": bool(run[j]),
             }
     return [rows[k] for k in sorted(rows)]

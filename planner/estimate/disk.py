@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from outlay.planner.estimate.compression import cache_bytes
 from outlay.planner.estimate.memory import adapter_parameters
 from outlay.planner.estimate.parameters import parameter_counts
 from outlay.planner.estimate.states import (
@@ -43,10 +44,11 @@ def checkpoint_bytes(spec: ModelSpec, job: Job, strategy: Strategy) -> int:
 
 
 def export_bytes(spec: ModelSpec, job: Job) -> int:
-    """safetensors in the precision of the run; tied weights once. Of adapters, themselves alone."""
+    """safetensors in the precision of the run; tied weights once. Adapters beside the whole that they are merged
+    into (runner/export.py)."""
     parameters = float(parameter_counts(spec).total)
     if job.finetune is not None:
-        parameters = adapter_parameters(spec, job.finetune)
+        parameters += adapter_parameters(spec, job.finetune)
     return round(width_of(job.precision) * parameters)
 
 
@@ -56,8 +58,10 @@ def disk_parts(spec: ModelSpec, job: Job, strategy: Strategy) -> dict[str, int]:
     `data`: every token of the run stored once; less where the run reads its data several times.
     """
     token_bytes = 2 if spec.vocab <= _WIDE_VOCABULARY else 4
+    logits = cache_bytes(spec, job)
     return {
         "checkpoints": (CHECKPOINTS_KEPT + 1) * checkpoint_bytes(spec, job, strategy),
         "export": export_bytes(spec, job),
         "data": token_bytes * job.tokens,
+        **({"teacher_logits": logits} if logits else {}),
     }

@@ -14,14 +14,17 @@ import numpy as np
 
 from outlay.planner.estimate.buckets import sub_group_size
 from outlay.planner.estimate.candidates import OFFLOAD, Array, Candidates
-from outlay.planner.estimate.states import PAGED, Held, deepspeed_moments, optimizer_key, width_of
+from outlay.planner.estimate.states import (
+    PAGED,
+    Held,
+    deepspeed_moments,
+    optimizer_key,
+    swap_buffers,
+    width_of,
+)
 from outlay.planner.spec.job import Job
 
 _CPU, _NVME = OFFLOAD.index("cpu"), OFFLOAD.index("nvme")
-_PARAM_POOL = 5 * 100_000_000
-"""Elements of the pinned pool for weights on NVMe: buffer_count · buffer_size (`offload_config.py`)."""
-_OPTIMIZER_BUFFERS = 4
-"""Buffers of one sub-group each for optimizer states on NVMe (`offload_config.py`, buffer_count)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +69,12 @@ def _offloaded(
     # Stage 3: master, pinned gradients of each sub-group, the pinned flat shard.
     grouped = 4 * share + np.ceil(share / group) * pinned(4 * group) + pinned(width * share)
     states = np.where(c.zero == 3, grouped, flat) + moments * share
-    pool = _OPTIMIZER_BUFFERS * pinned(4 * group)
     on_nvme = (8 + moments) * share
     paged = PAGED.get(job.optimizer.name, 0.0) * share
     optimizer = np.where(c.offload_optimizer == _CPU, states, paged)
     weights = np.where(c.offload_param == _CPU, pinned(width * shard), 0.0)
-    pools = np.where(c.offload_optimizer == _NVME, pool + pinned(width * share), 0.0)
-    pools = pools + np.where(
-        c.offload_param == _NVME, pinned(np.full(len(c), width * _PARAM_POOL)), 0.0
-    )
+    buffers = swap_buffers(held, c, share, width, bucket)
+    pools = np.where(c.offload_optimizer == _NVME, buffers, 0.0)
     stored = np.where(c.offload_optimizer == _NVME, on_nvme, 0.0)
     stored = stored + np.where(c.offload_param == _NVME, width * shard, 0.0)
     return optimizer, weights, pools, stored
@@ -113,7 +113,7 @@ def host_memory(
         process = np.full(len(c), figures["host.process_bytes"])
     else:
         process, files = device, np.zeros(len(c))
-        optimizer, weights = np.zeros(len(c)), np.zeros(len(c))
+        optimizer = weights = pools = np.zeros(len(c))
     return Host(
         parts={
             "processes": ranks * process,

@@ -20,8 +20,10 @@ from outlay.planner.estimate.activations import (
     head_input_elements,
     logits_bytes_per_token,
 )
+from outlay.planner.estimate.buckets import largest_on_rank
 from outlay.planner.estimate.candidates import LOSS, Array, Candidates
-from outlay.planner.estimate.parameters import largest_matrix, parameter_counts
+from outlay.planner.estimate.compression import with_states, with_working
+from outlay.planner.estimate.parameters import parameter_counts
 from outlay.planner.estimate.peak import PARTS as PARTS
 from outlay.planner.estimate.peak import POSITIONS as POSITIONS
 from outlay.planner.estimate.peak import Memory as Memory
@@ -183,13 +185,19 @@ def _logits(
             k, p = logits_bytes_per_token(spec, width, loss=name, implementation=software.loss)
             if software.family == "deepspeed":
                 if software.loss == "runner":
-                    # the pipeline's output buffers hold this and the last micro-batch's logits
-                    p, k = p + width * spec.vocab * (c.pp > 1), float(width * spec.vocab)
+                    # the pipeline's output buffers hold this and the last micro-batch's logits; the fused
+                    # loss works in them, the chunked one is given hidden states
+                    logits = float(width * spec.vocab) * (name != "chunked")
+                    p, k = p + logits * (name == "plain") * (c.pp > 1), logits
                 kept = np.where((c.pp > 1) & (c.grad_accum > 1), k, 0.0)
                 peak = np.where(c.loss == i, p + kept, peak)
             else:
                 peak = np.where(c.loss == i, p, peak)
     whole: Array = loads.has_head * peak * tokens / c.tp
+    if software.family == "deepspeed" and job.finetune is None:
+        # made on the way, before the backward pass takes it (runner/loss.py)
+        head_gradient = width * float(spec.vocab) * spec.hidden
+        whole = whole + loads.has_head * head_gradient * (c.loss == LOSS.index("chunked"))
     return whole
 
 
@@ -216,19 +224,21 @@ def held_weights(
         experts=loads.expert_parameters / (c.tp * c.ep),
         block=(block.total - block.experts) / c.tp + block.experts / (c.tp * c.ep),
         root=root / c.tp,
-        largest_tensor=float(largest_matrix(spec)),
+        largest_tensor=largest_on_rank(spec, c).astype(float),
         trainable=trainable,
         frozen_bytes=frozen,
     )
 
 
 def adapter_parameters(spec: ModelSpec, finetune: Finetune) -> float:
-    """Trained weights: LoRA's two factors on q and v of every block (arXiv 2106.09685), or at most as
-    many for the prefixes and scales of the others."""
+    """Trained weights: LoRA's two factors on q and v of every block (arXiv 2106.09685), with DoRA a norm of
+    each output beside them (arXiv 2402.09353), or at most as many for the prefixes and scales of the others."""
     total = 0
     for block in spec.blocks:
         a = block.attention
         total += block.count * finetune.rank * (2 * spec.hidden + a.q_width + a.v_width)
+        if finetune.method == "dora":
+            total += block.count * (a.q_width + a.v_width + (a.k_width if a.fused_qkv else 0))
     return float(total)
 
 
@@ -237,7 +247,7 @@ def execution_of(job: Job, software: Software) -> Execution:
     width = width_of(job.precision)
     return Execution(
         width=width, kernels=software.kernels, attention=job.attention,
-        mask_bytes=software.mask_bytes or width, finetune=job.finetune,
+        mask_bytes=software.mask_bytes or width, finetune=job.finetune, peft=software.family == "deepspeed",
         quant_saves_input=software.quant_saves_input,
     )  # fmt: skip
 
@@ -294,7 +304,7 @@ def _states_side(
         held, c, software=software, precision=job.precision, optimizer=optimizer_key(job), bucket=bucket
     )  # fmt: skip
     head_grad = held.trainable * width * float(spec.vocab * spec.hidden) / c.tp * loads.has_head
-    work = figures["memory.workspace_bytes"]
+    work: Array | float = figures["memory.workspace_bytes"]
     if held.frozen_bytes is not None:
         work = work + width * held.largest_tensor
     at_work = np.full((3, len(c)), work)
@@ -303,15 +313,15 @@ def _states_side(
     down = spec.hidden * max(b.mlp.ffn * max(1, b.mlp.experts) for b in spec.blocks) / c.tp
     late = np.maximum(loads.has_embedding * table / c.tp + held.block - down, 0.0)
     phases = step_states(c, states, head_grad, held.trainable * width * late, at_work)
-    if run is None:
-        return phases
-    whole = float(parameter_counts(spec).total)
-    return (
-        *phases,
-        loading(held, c, states, bucket, width, run),
-        evaluation_states(states, at_work),
-        saving(held, c, states, whole, width, run),
-    )
+    if run is not None:
+        phases = (
+            *phases,
+            loading(held, c, states, bucket, width, run),
+            evaluation_states(states, at_work),
+            saving(held, c, states, float(parameter_counts(spec).total), width, run),
+        )
+    load = PHASES.index("load") if run is not None else -1
+    return with_states(phases, spec, job, c, held.dense + held.experts, width, load)
 
 
 def _batch_side(
@@ -324,7 +334,7 @@ def _batch_side(
     imbalance = figures["memory.expert_imbalance"]
     activations = _activations(spec, job, c, loads, ex, software, imbalance)
     logits = _logits(spec, job, c, loads, ex.width, software)
-    phases = step_working(activations, logits)
+    phases = with_working(step_working(activations, logits), spec, job, c, ex)
     if run is None:
         return phases
     return (*phases, None, evaluation_working(spec, job, c, ex, loads.has_head), None)

@@ -184,7 +184,32 @@ def linear_s(
             # Each tensor is cast once, into the layouts of both products that read it.
             cast = count * figures["compute.cast_bytes"] / speed.memory_bytes_per_s
             forward, backward = forward + (rows * k + k * n) * cast, backward + rows * n * cast
+    if job.finetune is not None and job.finetune.method == "dora":
+        more = _dora_s(spec, block, job, tokens, speed, figures)
+        forward, backward = forward + more[0], backward + more[1]
     return forward, backward
+
+
+def _dora_s(
+    spec: ModelSpec, block: Block, job: Job, tokens: Array, speed: Speed, figures: Figures
+) -> tuple[Array, Array]:
+    """(forward, backward) seconds of one block's norms of merged weights (peft/tuners/lora/dora.py).
+
+    The product of the factors is written, scaled, added to the weight and squared: seven passes over
+    matrices of that size. With dropout the frozen projection runs once more, on what was dropped out, and
+    its dX too. From the operations; no measured run has it.
+    """
+    a, width = block.attention, width_of(job.precision)
+    assert job.finetune is not None
+    outputs = np.asarray(float(a.q_width + a.v_width + (a.k_width if a.fused_qkv else 0)))
+    hidden = np.asarray(float(spec.hidden))
+    passes = 7.0 * width * hidden * outputs / speed.memory_bytes_per_s
+    if not job.finetune.dropout:
+        return passes, np.zeros_like(passes)
+    again = gemm_s(tokens, hidden, outputs, speed, width, figures, rate=speed.linear_flops)
+    return passes + again, gemm_s(
+        tokens, outputs, hidden, speed, width, figures, rate=speed.linear_flops
+    )
 
 
 def _score_traffic_bytes(a: Attention, width: int, kernels: str) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from outlay.planner.estimate.activations import Execution, block_saved
-from outlay.planner.estimate.buckets import sub_group_size
+from outlay.planner.estimate.buckets import on_nvme, sub_group_size
 from outlay.planner.estimate.candidates import Array, Candidates
 from outlay.planner.estimate.states import Held, States
 from outlay.planner.spec.job import Job
@@ -136,7 +136,12 @@ def loading(
         first = weights + states.optimizer_states + share * (8 if run.on_host else 4)
     whole = np.where(c.zero == 0, first, whole)
     part = width * np.maximum(held.block, held.largest_tensor / c.tp)
-    group = 4 * np.minimum(share, sub_group_size(bucket))
+    # On a CPU the pages of a zero gradient are never touched.
+    zeros = 0 if run.on_host else 1
+    group = zeros * 4 * np.minimum(share, sub_group_size(bucket))
+    # On NVMe (`master` is its buffers): a sub-group read back to be widened, and its zero gradient.
+    piece = sub_group_size(bucket, c.dp * c.cp * c.sp, True) + held.largest_tensor / c.tp / c.dp
+    group = np.where(on_nvme(c), (4 + zeros * 4) * piece, group)
     sharded = weights + np.maximum(
         part, master + group + states.gradients_always + states.communication_always
     )

@@ -11,8 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outlay.planner.estimate.buckets import max_live_parameters, sub_group_size
-from outlay.planner.estimate.candidates import Array, Candidates
+from outlay.planner.estimate.buckets import (
+    PARAMETER_BUFFERS,
+    max_live_parameters,
+    on_nvme,
+    parameter_buffer_size,
+    sub_group_size,
+)
+from outlay.planner.estimate.candidates import OFFLOAD, Array, Candidates
 from outlay.planner.estimate.software import Software
 from outlay.planner.spec.job import Job
 
@@ -30,6 +36,9 @@ PAGED = {"paged_adamw": 8.0, "paged_adamw_8bit": 2.03}
 QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 """A weight of a frozen linear layer: 4 bits with an fp32 scale for 64 of them, or that scale in 8 bits
 with an fp32 one for 256 scales (QLoRA, arXiv 2305.14314, section 3); 8 bits with a scale a row."""
+OPTIMIZER_BUFFERS = 4
+"""Buffers of one sub-group each for states on NVMe (`offload_config.py`, buffer_count)."""
+_NVME = OFFLOAD.index("nvme")
 _SUB_GROUP = 1_000_000_000
 """Elements that stage 3 steps at once (DeepSpeed's default `sub_group_size`)."""
 _DEFAULT_BUCKET = 500_000_000
@@ -47,7 +56,8 @@ class Held:
     """The heaviest block's, [n]."""
     root: Array
     """What belongs to no block: embedding, final norm, head."""
-    largest_tensor: float
+    largest_tensor: Array | float
+    """Elements [n], before tensor parallelism divides it."""
     trainable: float = 1.0
     """Fraction of the weights that is trained."""
     frozen_bytes: float | None = None
@@ -152,54 +162,80 @@ def _deepspeed(
     zero, parameters, width = c.zero, held.total, width_of(precision)
     moments = deepspeed_moments(optimizer, zero, width, held.root / np.maximum(parameters, 1.0))
     # Torch's own step is how CPU ranks are told: there the host is the device, and nothing leaves it.
-    same_memory = (c.offload_optimizer == 1) & software.step_in_torch
+    swapped = on_nvme(c)
+    same_memory = (c.offload_optimizer > 0) & ~swapped & software.step_in_torch
     offloaded = c.offload_optimizer > 0
-    away = (c.offload_param > 0) & (not software.step_in_torch)
+    away = (c.offload_param == _NVME) | ((c.offload_param > 0) & (not software.step_in_torch))
     bf16_pipeline = (zero == 0) & (c.pp > 1) & (precision == "bf16")
     shard = held.shard(c)
     share = held.trainable * np.where((zero >= 1) | bf16_pipeline, shard, parameters)
     on_device = np.where(zero == 3, np.where(away, 0.0, shard), parameters)
-    weights = _weights(held, width) * on_device
     master = np.where((zero == 0) & (width == 4), 0, 4 * share)
     kept = np.where(zero >= 2, np.where(offloaded, 0.0, shard), parameters * (1 + bf16_pipeline))
     gradients = width * held.trainable * kept
-    # One backward: stages 0 and 1 accumulate in place; 2 and 3 fill a bucket, then reduce it.
+    staged = np.where(same_memory, _staged(c, share, master, moments, width), 0.0)
+    if software.step_in_torch:
+        staged = np.where(swapped, swap_buffers(held, c, share, width, bucket), staged)
+    work = 8 * share * (moments > 0) * software.step_in_torch
+    temporary = _step_temporary(held, c, share, work, gradients, bucket, width, bf16_pipeline)
+    return {
+        "parameters": _weights(held, width) * on_device,
+        "gradients_held": gradients,
+        # Stage 3 allocates its shard at the start (`grad_partitions_flat_buffer`).
+        "gradients_always": np.where(zero == 3, gradients, gradients / 2 * bf16_pipeline),
+        "optimizer_states": np.where(offloaded, staged, master + moments * share),
+        "master": np.where(offloaded, staged - moments * share * same_memory, master),
+        "step_temporary": np.where(offloaded, 0.0, temporary),
+        "load": 0.0,
+        **_deepspeed_buffers(held, c, bucket, width),
+    }
+
+
+def _step_temporary(
+    held: Held, c: Candidates, share: Array, work: Array, gradients: Array, bucket: Array, width: int,
+    bf16_pipeline: Array,
+) -> Array:  # fmt: skip
+    """Alive in DeepSpeed's optimizer step only. It works on one tensor (stage 0), the partition (1, 2) or
+    a sub-group of it (3): the fp32 copy of its gradients and, of `work` for the whole share, Adam's
+    denominator and update where the optimizer is torch's (CPU).
+
+    Stages 1 to 3 drop the gradients once they are copied, before the optimizer works. Stage 0 has
+    reduced them by then, flattened into a second copy (`engine.py`, `allreduce_no_retain`).
+    """
+    group = sub_group_size(bucket, c.dp * c.cp * c.sp, on_nvme(c))
+    part = np.where(c.zero == 3, np.minimum(share, group), share)
+    stepped = np.where(c.zero == 0, np.minimum(held.largest_tensor, share), part)
+    copy = np.where((c.zero >= 1) | (width == 2), 4 * part, 0.0)
+    work = work * stepped / np.maximum(share, 1.0)
+    many = (c.dp * c.cp * c.sp > 1) & ~bf16_pipeline
+    flat = width * held.trainable * np.minimum(held.total, _DEFAULT_BUCKET) * many
+    reduced = np.maximum(copy, copy + work - gradients)
+    return np.where(c.zero >= 1, reduced, np.maximum(flat, copy + work))
+
+
+def _deepspeed_buffers(
+    held: Held, c: Candidates, bucket: Array, width: int
+) -> dict[str, Array | float]:
+    """Buckets, what one backward adds before it is reduced, and stage 3's gathered weights.
+
+    One backward: stages 0 and 1 accumulate in place; 2 and 3 fill a bucket, then reduce it. Gathered
+    weights stay until `max_live_parameters` are alive; a block and the next are gathered in any case.
+    """
+    zero, parameters = c.zero, held.total
     in_flight = width * np.minimum(
         held.trainable * parameters, np.maximum(bucket, held.largest_tensor)
     )
     buckets = np.where((zero >= 1) & (zero <= 2), width * bucket * (1 + c.overlap_comm), 0.0)
     buckets = buckets + np.where(zero == 3, width * bucket, 0.0)
-    temporary_gradient = np.where(offloaded & (zero < 3), width * held.largest_tensor / c.tp, 0.0)
-    # Gathered weights stay until that many are alive; a block and the next are gathered in any case.
-    live = np.maximum(max_live_parameters(bucket), 2 * held.block)
-    # The step works on one tensor (stage 0), the partition (1, 2) or a sub-group of it (3): the fp32
-    # copy of its gradients, and, where the optimizer is torch's (CPU), Adam's denominator and update.
-    part = np.where(zero == 3, np.minimum(share, sub_group_size(bucket)), share)
-    stepped = np.where(zero == 0, np.minimum(held.largest_tensor, share), part)
-    copy = np.where((zero >= 1) | (width == 2), 4 * part, 0.0)
-    work = 8 * stepped * (moments > 0) if software.step_in_torch else 0.0
-    staged = np.where(same_memory, _staged(c, share, master, moments, width), 0.0)
-    # Stages 1 to 3 drop the gradients once they are copied, before the optimizer works. Stage 0 has
-    # reduced them by then, flattened into a second copy (`engine.py`, `allreduce_no_retain`).
-    many = (c.dp * c.cp * c.sp > 1) & ~bf16_pipeline
-    flat = width * held.trainable * np.minimum(parameters, _DEFAULT_BUCKET) * many
-    temporary = np.where(
-        zero >= 1, np.maximum(copy, copy + work - gradients), np.maximum(flat, copy + work)
-    )
+    offloaded = (c.offload_optimizer > 0) & (zero < 3)
+    temporary_gradient = np.where(offloaded, width * held.largest_tensor / c.tp, 0.0)
+    live = np.maximum(max_live_parameters(bucket, on_nvme(c)), 2 * held.block)
     return {
-        "parameters": weights,
-        "gradients_held": gradients,
-        # Stage 3 allocates its shard at the start (`grad_partitions_flat_buffer`).
-        "gradients_always": np.where(zero == 3, gradients, gradients / 2 * bf16_pipeline),
         "gradients_new": np.where(zero >= 2, in_flight, 0.0),
-        "optimizer_states": np.where(offloaded, staged, master + moments * share),
-        "master": np.where(offloaded, staged - moments * share * same_memory, master),
-        "step_temporary": np.where(offloaded, 0.0, temporary),
         "communication": buckets + temporary_gradient,
         # Stages 1 and 2 release theirs after each backward (`_release_ipg_buffers`).
         "communication_always": np.where(zero == 3, buckets, temporary_gradient),
         "gathered": np.where(zero == 3, width * np.minimum(parameters, live), 0.0),
-        "load": 0.0,
     }
 
 
@@ -209,6 +245,26 @@ def _staged(c: Candidates, share: Array, master: Array, moments: Array, width: i
     again = width * share * ((c.grad_accum > 1) | (c.zero == 3))
     kept: Array = master + (moments + 4 + width * (c.zero < 3)) * share + again
     return kept
+
+
+def swap_buffers(held: Held, c: Candidates, share: Array, width: int, bucket: Array) -> Array:
+    """Bytes that a rank keeps in host memory of what is on NVMe at stage 3.
+
+    The flat gradient shard (`stage3.py`, `grad_partitions_flat_buffer`); four buffers of the largest
+    sub-group in fp32 (`optimizer_utils.py`, `SwapBufferManager`), which is closed by the tensor that
+    reaches its size; for the weights five of the largest tensor's part, and one of a whole sub-group of
+    all ranks (`partitioned_param_swapper.py`, `reserve_partitioned_swap_space`). Pieces under 1 MiB are
+    not swapped; they are not counted.
+    """
+    shards = c.dp * c.cp * c.sp
+    largest = parameter_buffer_size(held.largest_tensor / c.tp, shards)
+    group = np.minimum(share, sub_group_size(bucket, shards, True) + largest)
+    weights = width * (PARAMETER_BUFFERS * largest + shards * group)
+    return np.asarray(
+        width * share
+        + 4 * OPTIMIZER_BUFFERS * group
+        + np.where(c.offload_param == _NVME, weights, 0.0)
+    )
 
 
 def _megatron(

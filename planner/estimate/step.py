@@ -242,7 +242,10 @@ class _Whole:
             m, s = gather(m, rows), gather(s, rows)
         c = self.c.take(rows)
         parts = _parts(self.spec, self.job, c, self.cluster, m, s, self.figures, self.software)
-        extra = extra_s(self.spec, self.job, c, m.forward, self.memory_bytes_per_s)
+        extra = extra_s(
+            self.spec, self.job, c, m.forward, self.memory_bytes_per_s, self.figures,
+            start_hidden=self.software.start_hidden,
+        )  # fmt: skip
         if extra is not None:
             parts["forward"] = parts["forward"] + c.grad_accum * extra.forward
             parts["backward"] = parts["backward"] + c.grad_accum * extra.backward

@@ -327,6 +327,8 @@ def print_plan(console: Console, plan: Plan, *, out: str | None) -> None:
     print_assumptions(console, plan.estimate["assumptions"])
     if out:
         done = f"Next: outlay run {out}" if plan.target == "runner" else (
+            f"Next: outlay emit trainer {out} --out FOLDER (`outlay emit --help`: other trainers, launchers)"
+            if plan.target == "trainer" else
             f"`outlay run` does not execute it: `outlay emit deepspeed {out}` for a trainer of your own"
             if plan.target == "deepspeed" else "Neither DeepSpeed nor `outlay run` executes it."
         )  # fmt: skip

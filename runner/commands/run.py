@@ -15,6 +15,7 @@ from outlay.profiles.errors import CheckpointError, MissingExtra, UsageError
 from outlay.runner.before import confirm, limit_options, limits_from, require_affordable, summary
 
 if TYPE_CHECKING:
+    from outlay.planner.spec.cluster import Cluster
     from outlay.planner.spec.measurement import Outcome
     from outlay.planner.spec.plan import Plan
 
@@ -29,14 +30,23 @@ def require_run_extra() -> None:
 
 
 def with_limits(
-    plan: Plan, budget: tuple[str, ...], price_usd_per_h: float | None, data: str | None = None
+    plan: Plan,
+    budget: tuple[str, ...],
+    price_usd_per_h: float | None,
+    data: str | None = None,
+    *,
+    rate: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan with the flags of this call over what it says."""
-    from outlay.planner.spec.job import Budget, Data
+    """The plan with the flags of this call over what it says; money is then shown in their currency."""
+    from outlay.planner.amount import money_of
+    from outlay.planner.options import show_money
+    from outlay.planner.spec.job import Data
 
     job, cluster = plan.job, plan.cluster
-    if budget:
-        job = dataclasses.replace(job, budget=tuple(Budget.parse(text) for text in budget))
+    budgets, currency = money_of(budget, rate, None)
+    show_money(currency or job.currency)
+    if budgets:
+        job = dataclasses.replace(job, budget=budgets)
     if data is not None:
         kind = "tokens" if (Path(data) / "dataset.json").is_file() else "text"
         job = dataclasses.replace(job, data=Data(path=data, format=kind))  # type: ignore[arg-type]
@@ -47,6 +57,28 @@ def with_limits(
             cluster, price_usd_per_h=price_usd_per_h, price_source="--price-usd-per-h"
         )
     return dataclasses.replace(plan, job=job, cluster=cluster)
+
+
+def with_compression(plan: Plan, prune: str | None, qat: str | None) -> Plan:
+    """The plan with the flags of this call over its compression; its estimate stays as it was."""
+    from outlay.planner.spec.compress import with_flags
+
+    compress = with_flags(plan.job.compress, prune, qat)
+    return dataclasses.replace(plan, job=dataclasses.replace(plan.job, compress=compress))
+
+
+def _measure_memory(plan: Plan, here: Cluster) -> None:
+    from outlay.profiles.units import format_bytes
+    from outlay.runner.fit import check_machine
+    from outlay.runner.memory_probe import run_memory_probe
+
+    check_machine(plan, here)
+    readings = run_memory_probe(plan)
+    click.echo(
+        "peak memory measured, by rank: "
+        + ", ".join(f"{format_bytes(r.growth_bytes)} ({r.kind})" for r in readings),
+        err=True,
+    )
 
 
 def _energy_text(outcome: Outcome) -> str:
@@ -73,6 +105,12 @@ def _show_outcome(outcome: Outcome) -> None:
         + f"\n  spent {format_seconds(outcome.wall_s)}, {cost}{_energy_text(outcome)}",
         err=True,
     )
+    if (found := outcome.compression) is not None:
+        click.echo(
+            f"  pruned {found['sparsity']:.2%} (asked {found['asked']:.2%}): {found['zeros']:,} zeros of "
+            f"{found['weights']:,} weights in {len(found['matrices'])} matrices",
+            err=True,
+        )
     for name in ("checkpoint", "export"):
         if path := getattr(outcome, name):
             click.echo(f"  {name}: {path}", err=True)
@@ -93,6 +131,13 @@ def _show_outcome(outcome: Outcome) -> None:
 )
 @click.option("--price-usd-per-h", type=float, help="What all of this machine costs an hour.")
 @click.option(
+    "--prune", help="Instead of the plan's: 50%, 50%,global, 2:4 … (as in `plan`); or none."
+)
+@click.option("--qat", help="Instead of the plan's: int8, int4:g32 … (as in `plan`); or none.")
+@click.option(
+    "--nvme-path", help="Folder on a local drive for what is offloaded to NVMe; else RUN/swap."
+)
+@click.option(
     "--measure-memory", is_flag=True, help="Measure peak memory in a separate short run first."
 )
 @click.option(
@@ -107,6 +152,9 @@ def run(
     data: str | None,
     budget: tuple[str, ...],
     price_usd_per_h: float | None,
+    prune: str | None,
+    qat: str | None,
+    nvme_path: str | None,
     measure_memory: bool,
     dry_run: bool,
     yes: bool,
@@ -128,8 +176,11 @@ def run(
     from outlay.runner.folder import Attempts
     from outlay.runner.launch import open_meter, run_plan
     from outlay.runner.limits import Limits
+    from outlay.runner.swap import with_drive
 
-    plan = with_limits(read_plan(plan_file), budget, price_usd_per_h, data)
+    rate = flags.pop("rate")
+    plan = with_limits(read_plan(plan_file), budget, price_usd_per_h, data, rate=rate)
+    plan = with_compression(with_drive(plan, nvme_path), prune, qat)
     if plan.job.data is None:
         raise UsageError("the plan names no data", where=plan_file, do="pass --data")
     here = probe(ranks=plan.strategy.world if plan.cluster.kind == "cpu" else None)
@@ -146,20 +197,11 @@ def run(
         click.echo(
             f"{plan_file} fits this machine: {plan.strategy.label()}, {plan.job.steps} steps"
         )
-        click.echo(summary(plan, meter, limits), err=True)
+        click.echo(summary(plan, meter, limits, run_dir), err=True)
         return
-    confirm(summary(plan, meter, limits), yes=yes or quiet)
+    confirm(summary(plan, meter, limits, run_dir), yes=yes or quiet)
     if measure_memory:
-        from outlay.profiles.units import format_bytes
-        from outlay.runner.memory_probe import run_memory_probe
-
-        check_machine(plan, here)
-        readings = run_memory_probe(plan)
-        click.echo(
-            "peak memory measured, by rank: "
-            + ", ".join(f"{format_bytes(r.growth_bytes)} ({r.kind})" for r in readings),
-            err=True,
-        )
+        _measure_memory(plan, here)
     outcome = run_plan(
         plan, Path(run_dir), here=here, started_s=started_s, quiet=quiet, limits=limits
     )
@@ -193,16 +235,20 @@ def resume(
     from outlay.planner.probe import probe
     from outlay.runner.folder import RunFolder
     from outlay.runner.launch import run_plan
+    from outlay.runner.question import how_asked
 
     folder = RunFolder(Path(run_dir))
     folder.require_run()
-    plan = with_limits(folder.read_plan(), budget, price_usd_per_h)
+    plan = with_limits(folder.read_plan(), budget, price_usd_per_h, rate=flags.pop("rate"))
     if folder.outcome.exists():
         outcome = json.loads(folder.outcome.read_text())
         if outcome.get("state") == "done" and outcome.get("steps", 0) >= plan.job.steps:
             click.echo(f"already done: {outcome['steps']} steps; nothing to resume", err=True)
             return
     here = probe(ranks=plan.strategy.world if plan.cluster.kind == "cpu" else None)
+    limits = limits_from(folder.read_limits(), flags)
+    if limits.when_over == "ask":
+        click.echo(how_asked(run_dir), err=True)
     outcome = run_plan(
         plan,
         Path(run_dir),
@@ -210,7 +256,7 @@ def resume(
         here=here,
         started_s=started_s,
         quiet=quiet,
-        limits=limits_from(folder.read_limits(), flags),
+        limits=limits,
     )
     _show_outcome(outcome)
     sys.exit(outcome.exit_code)
@@ -265,7 +311,7 @@ def status(run_dir: str, format_: str) -> None:
         last |= {"last_event": event.kind, "elapsed_s": event.elapsed_s}
         if event.step is not None:
             last["step"] = event.step
-        if event.kind == "step":
+        if event.kind in ("step", "compress"):
             last |= {k: v for k, v in event.data.items() if not isinstance(v, dict)}
     attempts = folder.read_attempts()
     ended = folder.outcome.exists()

@@ -201,7 +201,7 @@ def test_an_edited_plan_that_breaks_a_rule_is_refused(
         (
             ("estimate", "--model", "gpt2", "--hardware", "h100-sxm:8", "--budget", "5"),
             2,
-            "unknown unit",
+            "has no unit",
         ),
         (("estimate", "--zero", "4"), 2, "--zero"),
         (("estimate", "--cases", "nope.csv", "--out", "x.csv"), 2, "cannot be read"),

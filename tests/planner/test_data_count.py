@@ -231,12 +231,13 @@ def test_nonsense_amounts(
 def test_methods_are_read() -> None:
     assert Finetune.parse("full") is None
     assert Finetune.parse("lora") == Finetune()
+    assert Finetune.parse("dora:r16") == Finetune(method="dora", rank=16)
     assert Finetune.parse("qlora:r16") == Finetune(rank=16, quant="nf4-dq")
     assert Finetune.parse("adapter_v2") == Finetune(method="adapter_v2")
 
 
 @pytest.mark.parametrize(
-    "text", ["dora:r8", "freeze:head", "lora:16", "lora:r0", "lora:rx", "full:r8", "", "peft"]
+    "text", ["freeze:head", "lora:16", "lora:r0", "lora:rx", "full:r8", "", "peft"]
 )
 def test_methods_without_a_formula_are_refused(text: str) -> None:
     with pytest.raises(UsageError):

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from outlay.planner.cost import budget_s
+from outlay.planner.assumed import parse_assumed
+from outlay.planner.cost import budget_s, carbon_of
+from outlay.planner.hardware import resolve_hardware
 from outlay.planner.jobs import JobFile, data_of, resolve_job, tokens_of
 from outlay.planner.report.terminal import budget_rows
 from outlay.planner.spec.cluster import Cluster, Link
@@ -49,8 +51,26 @@ def test_without_a_length_the_data_is_seen_once(
 @pytest.mark.parametrize(
     ("text", "seconds"), [("30min", 1800.0), ("2gpuh", 3600.0), ("0.2usd", 7200.0), ("1kWh", None)]
 )
-def test_seconds_of_a_budget(text: str, seconds: float | None, cpu_cluster: Cluster) -> None:
-    assert budget_s(Budget.parse(text), cpu_cluster) == pytest.approx(seconds)
+def test_seconds_of_a_budget(
+    text: str, seconds: float | None, cpu_cluster: Cluster, tiny_job: Job
+) -> None:
+    assert budget_s(Budget.parse(text), cpu_cluster, tiny_job) == pytest.approx(seconds)
+
+
+def test_seconds_of_a_budget_of_energy(tiny_job: Job) -> None:
+    """1 kW of TDP at half load in a server of twice that, PUE 1.5: 1.5 kW."""
+    cluster = resolve_hardware("h100-sxm:1", inter_node_gbps=None, price_usd_per_h=None)
+    one_kw = dataclasses.replace(
+        cluster, accelerator=dataclasses.replace(cluster.accelerator, tdp_w=1000.0)
+    )
+    assume = parse_assumed(["tdp_fraction=0.5", "server_power_factor=2", "pue=1.5"])
+    job = dataclasses.replace(tiny_job, assume=assume)
+    assert budget_s(Budget.parse("3kWh"), one_kw, job) == pytest.approx(7200)
+    assert budget_s(Budget.parse("3kgCO2e"), one_kw, job) is None
+    here = dataclasses.replace(job, region="FRA")
+    carbon = carbon_of("FRA")
+    assert carbon is not None
+    assert budget_s(Budget.parse("3kgCO2e"), one_kw, here) == pytest.approx(7200 / carbon[0])
 
 
 def test_a_plan_says_when_its_budget_ends_it(cpu_cluster: Cluster, tiny_job: Job) -> None:

@@ -26,13 +26,10 @@ def test_another_number_of_ranks() -> None:
 @pytest.mark.parametrize(
     ("changes", "world", "message"),
     [
-        ({"tp": 2, "dp": 1}, 2, "tensor parallel"),
-        ({"sp": 2, "dp": 1}, 2, "sequence parallel"),
         ({"cp": 2, "dp": 1}, 2, "context parallel"),
         ({"ep": 2}, 2, "expert parallel"),
         ({"vpp": 2}, 2, "virtual pipeline stages"),
         ({"sequence_parallel": True}, 2, "sequence_parallel"),
-        ({"loss": "fused"}, 2, "fused loss"),
         ({"activation_checkpointing": "selective"}, 2, "selective"),
         ({"dp": 1, "pp": 2, "zero": 2}, 2, "a pipeline of 2 stages does not go with ZeRO-2"),
     ],

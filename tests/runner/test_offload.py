@@ -57,7 +57,11 @@ def test_a_resume_with_offload_repeats_the_losses_to_the_last_bit(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"zero": 3, "offload_optimizer": "nvme"}, "NVMe is not run yet"),
+        ({"zero": 2, "offload_optimizer": "nvme"}, "NVMe is not run with ZeRO-2"),
+        (
+            {"zero": 3, "offload_optimizer": "cpu", "offload_param": "nvme"},
+            "offload_param nvme is not run with offload_optimizer cpu",
+        ),
         ({"zero": 0, "offload_optimizer": "cpu"}, "not run with ZeRO-0"),
         ({"zero": 1, "dp": 1, "pp": 2, "offload_optimizer": "cpu"}, "not run with ZeRO-1 and pp 2"),
         ({"zero": 2, "offload_optimizer": "cpu", "offload_param": "cpu"}, "at ZeRO-3 together"),

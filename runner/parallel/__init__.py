@@ -1,0 +1,1 @@
+"""Parallelism inside a layer: tensor parallel, sequence parallel, expert parallel."""
