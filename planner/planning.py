@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from outlay.planner.emit.deepspeed import deepspeed_config
-from outlay.planner.estimate.estimator import estimate_dict
 from outlay.planner.estimate.exported import require_export_size
 from outlay.planner.estimate.parameters import parameter_counts
+from outlay.planner.estimate.printed import estimate_dict
 from outlay.planner.reasons import by_search, gains, limited_by
 from outlay.planner.search import SearchResult, alternatives, search
 from outlay.planner.space import TARGETS

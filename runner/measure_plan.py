@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 import click
 
 from outlay.planner.estimate.candidates import Candidates
-from outlay.planner.estimate.estimator import estimate_dict, evaluate, software_for
+from outlay.planner.estimate.estimator import evaluate, software_for
+from outlay.planner.estimate.printed import estimate_dict
 from outlay.planner.own_runs import append
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.families import spec_from_config

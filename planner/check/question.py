@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from outlay.planner.estimate.candidates import Candidates
-from outlay.planner.estimate.estimator import estimate_dict, evaluate
+from outlay.planner.estimate.estimator import evaluate
+from outlay.planner.estimate.printed import estimate_dict
 from outlay.planner.jobs import JobFile, resolve_job
 from outlay.planner.options import OPTIMIZERS
 from outlay.planner.read.deepspeed import MOST_WHOLE, whole

@@ -40,7 +40,8 @@ def estimate(
         _estimate_cases(cases, out)
         return
     from outlay.planner.estimate.candidates import Candidates
-    from outlay.planner.estimate.estimator import estimate_dict, evaluate
+    from outlay.planner.estimate.estimator import evaluate
+    from outlay.planner.estimate.printed import estimate_dict
     from outlay.planner.rules import Context, broken
 
     flags, given = split_strategy(flags)

@@ -9,7 +9,8 @@ import pytest
 
 from outlay.planner.cost import Range
 from outlay.planner.estimate.candidates import Candidates
-from outlay.planner.estimate.estimator import estimate_dict, evaluate
+from outlay.planner.estimate.estimator import evaluate
+from outlay.planner.estimate.printed import estimate_dict
 from outlay.planner.hardware import resolve_hardware
 from outlay.planner.jobs import JobFile, default_precision, merge, read_job_file, resolve_job
 from outlay.planner.project_cost import Terms, project_cost

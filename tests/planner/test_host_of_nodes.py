@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from outlay.planner.estimate.candidates import Candidates
-from outlay.planner.estimate.estimator import estimate_dict, evaluate
+from outlay.planner.estimate.estimator import evaluate
+from outlay.planner.estimate.printed import estimate_dict
 from outlay.planner.hardware import resolve_hardware
 from outlay.planner.search import search
 from outlay.planner.spec.families import resolve_model

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from outlay.planner.emit.deepspeed import deepspeed_config
 from outlay.planner.estimate.candidates import CHECKPOINTING, OFFLOAD, Candidates
 from outlay.planner.estimate.disk import CHECKPOINTS_KEPT, checkpoint_bytes, export_bytes
-from outlay.planner.estimate.estimator import Estimates, estimate_dict, evaluate_memory, host_of
+from outlay.planner.estimate.estimator import Estimates, evaluate_memory, host_of
 from outlay.planner.estimate.host import pinned
 from outlay.planner.estimate.memory import PARTS
 from outlay.planner.estimate.parameters import largest_matrix, parameter_counts
 from outlay.planner.estimate.phases import PHASES, STEP_PHASES
+from outlay.planner.estimate.printed import estimate_dict
 from outlay.planner.estimate.software import DEEPSPEED
 from outlay.planner.estimate.states import deepspeed_moments
 from outlay.planner.hardware import resolve_hardware

@@ -9,8 +9,9 @@ import pytest
 
 from outlay.planner.estimate.candidates import Candidates
 from outlay.planner.estimate.compute import forward_flops_per_token, recomputed_flops_per_token
-from outlay.planner.estimate.estimator import estimate_dict, evaluate
+from outlay.planner.estimate.estimator import evaluate
 from outlay.planner.estimate.interval import widened
+from outlay.planner.estimate.printed import estimate_dict
 from outlay.planner.hardware import resolve_hardware
 from outlay.planner.nearest import COLUMNS, SHOWN, job_distance, nearest, table
 from outlay.planner.spec.cluster import Cluster
