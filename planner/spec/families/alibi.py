@@ -29,7 +29,7 @@ def read_opt(reader: Reader, name: str) -> ModelSpec:
         out_bias=bias,
         dropout=reader.probability("attention_dropout", 0.0),
     )
-    activation = reader.text("activation_function", "relu")
+    activation = reader.activation("activation_function", "relu")
     mlp = Mlp(ffn=reader.size("ffn_dim"), gated=False, bias=bias, activation=activation)
     removed = reader.flag("_remove_final_layer_norm", False)
     projection = width * hidden if width != hidden else 0

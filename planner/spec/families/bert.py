@@ -36,7 +36,7 @@ def _encoder_block(reader: Reader, hidden: int) -> Block:
         ffn=reader.size("intermediate_size"),
         gated=False,
         bias=True,
-        activation=reader.text("hidden_act", "gelu"),
+        activation=reader.activation("hidden_act", "gelu"),
     )
     layers = reader.layers("num_hidden_layers")
     return Block(count=layers, attention=attention, mlp=mlp, stack="encoder")

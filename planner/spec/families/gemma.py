@@ -19,7 +19,7 @@ def read_gemma(reader: Reader, name: str) -> ModelSpec:
     """`hidden_act: gelu` in the published configs means its tanh form, as transformers takes it."""
     sizes = sizes_of(reader, kv_heads=16, head_dim=256)
     attention = attention_of(reader, sizes, bias_key="attention_bias")
-    activation = reader.text("hidden_act", GELU)
+    activation = reader.activation("hidden_act", GELU)
     mlp = replace(mlp_of(reader, sizes), activation=GELU if activation == "gelu" else activation)
     blocks = (Block(count=sizes.layers, attention=attention, mlp=mlp),)
     return model_of(reader, sizes, name=name, blocks=blocks, max_positions=8192, tie=True)
@@ -38,7 +38,7 @@ def _alternating(
     attention = attention_of(reader, sizes, bias_key="attention_bias")
     if qk_norm:
         attention = replace(attention, qk_norm_parameters=2 * sizes.head_dim)
-    activation = reader.text("hidden_activation", GELU)
+    activation = reader.activation("hidden_activation", GELU)
     mlp = replace(mlp_of(reader, sizes), activation=activation)
     block = Block(count=sizes.layers, attention=attention, mlp=mlp, norms=4)
     blocks = windowed(windows, block)

@@ -35,7 +35,7 @@ def _gpt2_sizes(reader: Reader, *, dropout: float, bias: bool) -> tuple[int, Att
         ffn=reader.optional_size("n_inner", None) or 4 * hidden,
         gated=False,
         bias=True,
-        activation=reader.text("activation_function", "gelu_new"),
+        activation=reader.activation("activation_function", "gelu_new"),
     )
     return hidden, attention, mlp
 
@@ -99,7 +99,7 @@ def read_gpt_neox(reader: Reader, name: str) -> ModelSpec:
         dropout=reader.probability("attention_dropout", 0.0),
         fused_qkv=True,
     )
-    activation = reader.text("hidden_act", "gelu")
+    activation = reader.activation("hidden_act", "gelu")
     mlp = Mlp(ffn=reader.size("intermediate_size"), gated=False, bias=True, activation=activation)
     block = Block(
         count=reader.layers("num_hidden_layers"),
@@ -146,7 +146,7 @@ def read_phi(reader: Reader, name: str) -> ModelSpec:
     if reader.flag("qk_layernorm", False):
         per_head = head_width(reader, reader.size("hidden_size"), attention.heads)
         attention = replace(attention, qk_norm_parameters=4 * per_head)
-    activation = reader.text("hidden_act", "gelu_new")
+    activation = reader.activation("hidden_act", "gelu_new")
     mlp = Mlp(ffn=reader.size("intermediate_size"), gated=False, bias=True, activation=activation)
     layers = reader.layers("num_hidden_layers")
     block = Block(count=layers, attention=attention, mlp=mlp, norms=1, parallel_residual=True)
@@ -172,7 +172,7 @@ def read_starcoder2(reader: Reader, name: str) -> ModelSpec:
     bias = reader.flag("use_bias", True)
     window = reader.optional_size("sliding_window", None)
     attention = replace(_grouped(reader, kv_heads=2, bias=bias), window=window)
-    activation = reader.text("hidden_act", "gelu_pytorch_tanh")
+    activation = reader.activation("hidden_act", "gelu_pytorch_tanh")
     mlp = Mlp(ffn=reader.size("intermediate_size"), gated=False, bias=bias, activation=activation)
     layers = reader.layers("num_hidden_layers")
     return ModelSpec(

@@ -73,7 +73,7 @@ def attention_of(reader: Reader, sizes: Sizes, *, bias_key: str | None = None) -
 
 
 def mlp_of(reader: Reader, sizes: Sizes, *, activation_key: str = "hidden_act") -> Mlp:
-    return Mlp(ffn=sizes.ffn, gated=True, activation=reader.text(activation_key, "silu"))
+    return Mlp(ffn=sizes.ffn, gated=True, activation=reader.activation(activation_key, "silu"))
 
 
 def windowed(windows: Iterable[int | None], block: Block) -> tuple[Block, ...]:

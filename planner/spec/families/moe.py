@@ -236,7 +236,7 @@ def _read_deepseek(
     heads = reader.size("num_attention_heads")
     layers = reader.layers("num_hidden_layers")
     head_width(reader, hidden, heads)
-    activation = reader.text("hidden_act", "silu")
+    activation = reader.activation("hidden_act", "silu")
     bias = reader.flag("mlp_bias", False)
     ffn = reader.size("intermediate_size")
     dense = Mlp(ffn=ffn, gated=True, bias=bias, activation=activation)

@@ -12,6 +12,12 @@ LARGEST_SIZE = 2**31 - 1
 DEEPEST = 10_000
 """Layers; the deepest published models have a few hundred."""
 
+ACTIVATIONS = frozenset({
+    "gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "leaky_relu", "mish", "quick_gelu", "relu", "relu2",
+    "silu", "swish",
+})  # fmt: skip
+"""Names of transformers' `activations.py` whose operators are known."""
+
 
 class Reader:
     """The keys of one config. `source` is the file's path, for `path:line` in complaints."""
@@ -66,6 +72,13 @@ class Reader:
             return default
         value = self.config[self._name(key)]
         return None if value is None else self._whole(key, value, at_least)
+
+    def activation(self, key: str, default: str) -> str:
+        """An activation of transformers whose saved tensors are known (estimate/kernels.py)."""
+        value = self.text(key, default)
+        if value not in ACTIVATIONS:
+            self.refuse(key, f"is {value!r}, which is none of {', '.join(sorted(ACTIVATIONS))}")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.config.get(self._name(key), default)

@@ -98,7 +98,7 @@ def _bart_block(reader: Reader, hidden: int, stack: Literal["encoder", "decoder"
         ffn=reader.size(f"{stack}_ffn_dim"),
         gated=False,
         bias=True,
-        activation=reader.text("activation_function", "gelu"),
+        activation=reader.activation("activation_function", "gelu"),
         dropout=reader.probability("activation_dropout", 0.0),
     )
     decoder = stack == "decoder"
