@@ -38,21 +38,27 @@ def _portable(error: BaseException) -> BaseException | None:
 
 def serve(connection: Connection) -> None:
     """Answer calls until the other side says stop or is gone."""
-    while True:
-        try:
-            request = connection.recv()
-        except EOFError:
-            return
-        if request is None:
-            return
-        target, args, kwargs, paths = request
-        sys.path.extend(path for path in paths if path not in sys.path)
-        try:
-            result = _resolve(target)(*args, **kwargs)
-        except Exception as error:
-            connection.send(("error", traceback.format_exc(), _portable(error)))
-        else:
-            connection.send(("ok", result))
+    while _answer(connection):
+        pass
+
+
+def _answer(connection: Connection) -> bool:
+    """One call; false where there is none. In a frame of its own, so that nothing of it stays alive."""
+    try:
+        request = connection.recv()
+    except EOFError:
+        return False
+    if request is None:
+        return False
+    target, args, kwargs, paths = request
+    sys.path.extend(path for path in paths if path not in sys.path)
+    try:
+        result = _resolve(target)(*args, **kwargs)
+    except Exception as error:
+        connection.send(("error", traceback.format_exc(), _portable(error)))
+    else:
+        connection.send(("ok", result))
+    return True
 
 
 def _end_with_parent(parent: int) -> None:
