@@ -51,7 +51,7 @@ def limits_from(before: Limits, flags: dict[str, Any]) -> Limits:
     """The flags of this call over the limits that a run has."""
     from outlay.runner.limits import carbon_of_region
 
-    new: dict[str, Any] = {}
+    new: dict[str, Any] = {"walltime_s": None}  # of one start: not that of the one before
     for name in ("when_over", "power_w", "pue", "kgco2e_per_kwh", "project", "ledger"):
         if flags[name] is not None:
             new[name] = flags[name]
@@ -72,6 +72,9 @@ def limits_from(before: Limits, flags: dict[str, Any]) -> Limits:
 
 def require_affordable(plan: Plan, meter: Meter, startup_s: float, *, done: int = 0) -> None:
     """Refuse a run whose optimistic end is above its budget, and name what would fit."""
+    from outlay.runner.refusal import how_to_raise, limit_name, require_minimum
+
+    require_minimum(meter)
     low_s, step_s, high_s = _step_s(plan)
     remaining_s = meter.remaining_s()
     left = plan.job.steps - done
@@ -82,12 +85,12 @@ def require_affordable(plan: Plan, meter: Meter, startup_s: float, *, done: int 
         return
     fits = int((remaining_s - startup_s) / high_s)
     now_s = meter.spent().wall_s
-    expected = meter.in_words(now_s + startup_s + left * step_s)
-    do = f"raise it to {expected} (expected; {_range(plan, meter, startup_s, left)})"
+    raised = how_to_raise(meter, now_s + startup_s + left * step_s)
+    do = f"{raised} (expected; {_range(plan, meter, startup_s, left)} in all)"
     if fits > 0:
         do += f", or plan --steps {done + fits:,} (fits even at the slow end of the estimate)"
     raise NotFeasible(
-        f"the budget of {meter.limit_text()} is too small for {left:,} steps",
+        f"{limit_name(meter)} is too small for {left:,} steps",
         why=f"even at the fast end of the estimate they take {format_seconds(optimistic_s)}, "
         f"{meter.in_words(now_s + optimistic_s)}",
         do=do + ", or give --when-over anneal: as many steps as the money buys",
@@ -117,7 +120,7 @@ def summary(plan: Plan, meter: Meter, limits: Limits, run_dir: str = "RUN") -> s
         if price:
             low, mid, high = (format_usd(steps * s * price / 3600) for s in (low_s, step_s, high_s))
             lines[-1] += f", {mid} ({low} to {high})"
-    budgets = " and ".join(str(b) for b in plan.job.budget) or "none"
+    budgets = " and ".join([str(b) for b in plan.job.budget] + _from_project(meter)) or "none"
     lines.append(f"budget {budgets}; when it is too small for all steps: {limits.when_over}")
     if limits.when_over == "ask":
         from outlay.runner.question import how_asked
@@ -127,6 +130,13 @@ def summary(plan: Plan, meter: Meter, limits: Limits, run_dir: str = "RUN") -> s
         pue, source = limits.used_pue()
         lines.append(f"energy {meter.energy.source} ({source})" if pue > 1 else meter.energy.source)
     return "\n".join(lines)
+
+
+def _from_project(meter: Meter) -> list[str]:
+    """What the project allows, where that ends before the run's own budgets."""
+    if meter.binding is None or not meter.bound_by_project:
+        return []
+    return [f"{meter.binding} (what project {meter.project!r} has left)"]
 
 
 def confirm(text: str, *, yes: bool) -> None:

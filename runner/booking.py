@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import platform
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from outlay.planner.spec.job import Budget
 from outlay.planner.spec.plan import Plan
-from outlay.profiles.errors import OutlayError, UsageError
+from outlay.profiles.errors import NotFeasible, OutlayError, UsageError
+from outlay.runner.amounts import in_unit
 from outlay.runner.budget import Spent, amount_of
-from outlay.runner.ledger import Entry, Ledger, OpenRun, Want
+from outlay.runner.ledger import Entry, Ledger, OpenRun, Total, Want
 from outlay.runner.limits import Limits
 
 NEXT_S = 10.0
@@ -44,14 +46,38 @@ class Booking:
         self._run = self._ledger = None
 
 
+def allowed(plan: Plan, limits: Limits, earlier: Spent) -> tuple[Budget, ...]:
+    """What the project's budgets would allow this run now, over all its attempts; enters nothing."""
+    if limits.project is None:
+        return ()
+    with closing(_opened(limits)) as ledger:
+        totals = _totals(ledger, limits.project)
+    own = {b.kind: b for b in plan.job.budget}
+    return tuple(_allowed(limits.project, t, own.get(t.budget.kind), earlier) for t in totals)
+
+
+def _allowed(project: str, total: Total, own: Budget | None, earlier: Spent) -> Budget:
+    """All that is left of one, or the run's own budget where that is less."""
+    budget = total.budget
+    if not total.left > 0:
+        held = max(0.0, total.charged - total.spent)
+        do = f"raise it: outlay ledger budget {project} AMOUNT"
+        raise NotFeasible(
+            f"project {project!r} has nothing left of its budget of {budget}",
+            why=f"{in_unit(budget, total.spent)} are spent, {in_unit(budget, held)} are reserved by "
+            f"{total.alive} runs that go on",
+            do=f"wait until those end, or {do}" if total.alive else do,
+        )
+    amount = total.left + amount_of(budget, earlier)
+    return own if own is not None and own.amount <= amount else replace(budget, amount=amount)
+
+
 def book(plan: Plan, limits: Limits, folder: Path, earlier: Spent) -> Booking:
     """Enter an attempt and draw on its project. Only a run with a project fails with its ledger."""
     ledger: Ledger | None = None
     try:
-        ledger = Ledger.opened(limits.ledger)
+        ledger = Ledger.opened(limits.ledger) if limits.project is None else _opened(limits)
         if ledger is None:
-            if limits.project is not None:
-                raise UsageError("a project needs the ledger, which is off", where="--project")
             return Booking(None, None)
         wants = _wants(ledger, limits.project, plan.job.budget, earlier)
         return Booking(ledger.open_run(_entry(plan, limits, folder), wants=wants), ledger)
@@ -63,12 +89,18 @@ def book(plan: Plan, limits: Limits, folder: Path, earlier: Spent) -> Booking:
         return Booking(None, None, f"this run is not in the ledger: {error.what}; {error.why}")
 
 
-def _wants(
-    ledger: Ledger, project: str | None, own: tuple[Budget, ...], earlier: Spent
-) -> list[Want]:
-    """Of each of the project's budgets: the run's own, or all that is left."""
-    if project is None:
-        return []
+def _opened(limits: Limits) -> Ledger:
+    ledger = Ledger.opened(limits.ledger)
+    if ledger is None:
+        raise UsageError(
+            "a project needs the ledger, which is off",
+            where="--project",
+            do="give --ledger FILE, or unset OUTLAY_LEDGER; or run without --project",
+        )
+    return ledger
+
+
+def _totals(ledger: Ledger, project: str) -> list[Total]:
     totals = ledger.totals(project)
     if not totals:
         raise UsageError(
@@ -76,8 +108,19 @@ def _wants(
             where="--project",
             do=f"outlay ledger budget {project} AMOUNT",
         )
+    return totals
+
+
+def _wants(
+    ledger: Ledger, project: str | None, own: tuple[Budget, ...], earlier: Spent
+) -> list[Want]:
+    """Of each of the project's budgets: the run's own, or all that is left."""
+    if project is None:
+        return []
     left = {b.kind: b.amount - amount_of(b, earlier) for b in own}
-    return [Want(kind=t.budget.kind, amount=left.get(t.budget.kind)) for t in totals]
+    return [
+        Want(kind=t.budget.kind, amount=left.get(t.budget.kind)) for t in _totals(ledger, project)
+    ]
 
 
 def _entry(plan: Plan, limits: Limits, folder: Path) -> Entry:

@@ -7,6 +7,7 @@ CLOCK_MONOTONIC is shared by the processes of a host, so that ranks read the sam
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -17,8 +18,8 @@ from typing import Protocol
 
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Budget
-from outlay.profiles.errors import NotFeasible, UsageError
-from outlay.profiles.units import format_seconds, format_usd
+from outlay.profiles.units import format_seconds
+from outlay.runner.amounts import check_metered, in_unit
 
 SHUTDOWN_S = 0.8
 """Kept for the outcome to be written and for ranks to end in (0.1 to 0.25 s on two busy cores), and
@@ -65,6 +66,7 @@ class Meter:
 
     Money counts from the start of the supervisor, at least `minimum_s` an attempt (the shortest time
     that is billed). What earlier attempts spent is kept as it was billed: prices may differ since.
+    `budgets` are the run's own, `drawn` is what its project allows it beside them.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class Meter:
         price_usd_per_h: float | None,
         accelerators: int,
         started_s: float,
+        drawn: Sequence[Budget] = (),
+        project: str | None = None,
         earlier_s: float = 0.0,
         earlier: Spent | None = None,
         energy: EnergyReading | None = None,
@@ -81,7 +85,8 @@ class Meter:
         minimum_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.budgets = tuple(budgets)
+        self.own, self.drawn, self.project = tuple(budgets), tuple(drawn), project
+        self.budgets = (*self.own, *self.drawn)
         self.price_usd_per_h = price_usd_per_h
         self.accelerators = accelerators
         self.started_s = started_s
@@ -89,7 +94,7 @@ class Meter:
         self._clock = clock
         self.earlier = earlier or spent_at(earlier_s, price_usd_per_h, accelerators)
         for budget in self.budgets:
-            _check_metered(budget, self)
+            check_metered(budget, self)
 
     @classmethod
     def of_cluster(
@@ -99,6 +104,8 @@ class Meter:
         *,
         started_s: float,
         earlier: Spent,
+        drawn: Sequence[Budget] = (),
+        project: str | None = None,
         energy: EnergyReading | None = None,
         kgco2e_per_kwh: float | None = None,
         minimum_s: float = 0.0,
@@ -109,6 +116,8 @@ class Meter:
             price_usd_per_h=cluster.price_usd_per_h,
             accelerators=cluster.ranks,
             started_s=started_s,
+            drawn=drawn,
+            project=project,
             earlier=earlier,
             energy=energy,
             kgco2e_per_kwh=kgco2e_per_kwh,
@@ -164,8 +173,8 @@ class Meter:
             case "money":
                 left = budget.amount - (self.earlier.cost_usd or 0.0)
                 assert self.price_usd_per_h is not None
-                if left < self.price_usd_per_h * self.minimum_s / 3600:
-                    return min(0.0, left)  # even the shortest bill is above it
+                if self.below_minimum(budget):
+                    return min(0.0, left)
                 return left / self.price_usd_per_h * 3600 - elapsed_s
             case _:
                 assert self.energy is not None
@@ -174,6 +183,13 @@ class Meter:
                     left_kwh /= self.kgco2e_per_kwh or 1.0
                 power_kw = self.energy.expected_kw() if expected else self.energy.upper_kw()
                 return left_kwh / max(1e-9, power_kw) * 3600
+
+    def below_minimum(self, budget: Budget) -> bool:
+        """Whether the shortest bill of one start is above what is left of it."""
+        left = budget.amount - (self.earlier.cost_usd or 0.0)
+        least = (self.price_usd_per_h or 0.0) * self.minimum_s / 3600
+        # sums of earlier bills are off by their last digits
+        return budget.kind == "money" and left < least * (1 - 1e-9)
 
     def remaining_s(self) -> float | None:
         """Wall seconds until the first budget is used up; null without a budget."""
@@ -203,40 +219,46 @@ class Meter:
         """True = stop now: after one more step there might be too little left to finish in."""
         return not self.affords(next_step_s_upper + finish_s_upper)
 
-    def require(self, startup_s: float, *, source: str) -> None:
-        """Refuse, before anything is started, a budget that even the start would use up."""
-        remaining_s = self.remaining_s()
-        if remaining_s is None or remaining_s >= startup_s + SHUTDOWN_S:
-            return
-        needed_s = self.spent().wall_s + startup_s + SHUTDOWN_S
-        raise NotFeasible(
-            f"the budget of {self.limit_text()} is too small to train anything",
-            why=f"{format_seconds(max(0.0, remaining_s))} of it are left; starting and ending "
-            f"takes at least {format_seconds(startup_s + SHUTDOWN_S)} ({source})",
-            do=f"raise it above {self.in_words(needed_s)}, and add the time to train in",
-        )
+    @property
+    def bound_by_project(self) -> bool:
+        """Whether the project's budget ends before the run's own."""
+        drawn_s = min((self._remaining_s(b) for b in self.drawn), default=math.inf)
+        own_s = min((self._remaining_s(b) for b in self.own), default=math.inf)
+        return drawn_s < own_s - 1e-3  # drawn in full they are the same, but for rounding
 
     def limit_text(self) -> str:
         """The budget that ends first, for a person."""
-        return "none" if self.binding is None else self.in_words(self.limit_s or 0.0)
+        budget = self.binding
+        if budget is None:
+            return "none"
+        whose = (
+            f" (from project {self.project!r})" if self.project and self.bound_by_project else ""
+        )
+        return in_unit(budget, budget.amount) + whose
 
     def in_words(self, wall_s: float) -> str:
         """What the binding budget counts, when the whole run has taken so long."""
         budget = self.binding
-        kind = None if budget is None else budget.kind
-        if kind == "money" and self.price_usd_per_h is not None:
-            now_s = max(wall_s - self.earlier_s, self.minimum_s)
-            return format_usd((self.earlier.cost_usd or 0) + self.price_usd_per_h * now_s / 3600)
-        if kind == "gpu_hours":
-            return f"{wall_s / 3600 * self.accelerators:.4g} GPU-hours"
-        if kind in ("energy", "carbon") and self.energy is not None and budget is not None:
-            more_h = (wall_s - self.earlier_s - self.elapsed_s()) / 3600
-            more_kwh = more_h * self.energy.upper_kw()
-            if kind == "energy":
-                return f"{amount_of(budget, self.spent()) + more_kwh:.4g} kWh"
-            more_kg = more_kwh * (self.kgco2e_per_kwh or 0.0)
-            return f"{amount_of(budget, self.spent()) + more_kg:.4g} kg CO2e"
-        return format_seconds(wall_s)
+        if budget is None:
+            return format_seconds(wall_s)
+        return in_unit(budget, self.amount_at(budget, wall_s))
+
+    def amount_at(self, budget: Budget, wall_s: float) -> float:
+        """What a budget counts, when the whole run has taken so long."""
+        more_s = wall_s - self.earlier_s
+        match budget.kind:
+            case "hours":
+                return wall_s / 3600
+            case "gpu_hours":
+                return self.earlier.gpu_hours + more_s / 3600 * self.accelerators
+            case "money":
+                return (self.earlier.cost_usd or 0.0) + (self._cost_usd(more_s) or 0.0)
+            case _:
+                assert self.energy is not None
+                more = (more_s - self.elapsed_s()) / 3600 * self.energy.upper_kw()
+                if budget.kind == "carbon":
+                    more *= self.kgco2e_per_kwh or 0.0
+                return amount_of(budget, self.spent()) + more
 
 
 def _product(a: float | None, b: float | None) -> float | None:
@@ -268,27 +290,6 @@ def amount_of(budget: Budget, spent: Spent) -> float:
         "carbon": spent.co2e_kg,
     }[budget.kind]
     return amount or 0.0
-
-
-def _check_metered(budget: Budget, meter: Meter) -> None:
-    """A budget that nothing measures cannot be kept."""
-    price = meter.price_usd_per_h
-    if budget.kind == "money" and (price is None or not price > 0):
-        raise UsageError(
-            f"a budget of {budget} needs a price, and none is known for this hardware",
-            do="give --price-usd-per-h, or a budget in hours",
-        )
-    if budget.kind in ("energy", "carbon") and meter.energy is None:
-        raise UsageError(
-            f"a budget of {budget} needs a meter of energy, and this machine has none",
-            why="no GPU with NVML, RAPL is not readable, and its power limit is not known",
-            do="give --power-w, what all of this machine draws at most, or a budget in hours",
-        )
-    if budget.kind == "carbon" and meter.kgco2e_per_kwh is None:
-        raise UsageError(
-            f"a budget of {budget} needs the carbon intensity of the electricity",
-            do="give --region (as in `profiles/carbon.csv`) or --kgco2e-per-kwh",
-        )
 
 
 class UpperBound:

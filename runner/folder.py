@@ -44,6 +44,22 @@ class Attempt:
     gpu_hours: float | None = None
     energy_kwh: float | None = None
     co2e_kg: float | None = None
+    price_usd_per_h: float | None = None
+    minimum_s: float = 0.0
+    """Shortest time that is billed for it."""
+
+    @property
+    def wall_s(self) -> float:
+        """One that was killed is charged to its next heartbeat."""
+        return self.elapsed_s + (0.0 if self.ended else HEARTBEAT_S)
+
+    def bill_usd(self, price_usd_per_h: float | None) -> float | None:
+        """What it cost; the given price counts where none is noted. Killed, it is billed for more
+        time, but not more often for the shortest time."""
+        price = price_usd_per_h if self.price_usd_per_h is None else self.price_usd_per_h
+        if price is None or (self.ended and self.cost_usd is not None):
+            return self.cost_usd
+        return max(self.cost_usd or 0.0, price * max(self.wall_s, self.minimum_s) / 3600)
 
     def charged(self, amount: float | None) -> float | None:
         """What a killed attempt may have used after it was last noted is charged to it."""
@@ -61,19 +77,19 @@ class Attempts:
 
     def spent_s(self) -> float:
         """Wall time of all of them; one that was killed is charged to its next heartbeat."""
-        return sum(a.elapsed_s + (0.0 if a.ended else HEARTBEAT_S) for a in self.attempts)
+        return sum(a.wall_s for a in self.attempts)
 
     def spent(self, price_usd_per_h: float | None, accelerators: int) -> Spent:
         """All that they used; the given price and number count where an attempt has none noted."""
         total = spent_at(0.0, 0.0, accelerators)
         for attempt in self.attempts:
-            wall_s = attempt.elapsed_s + (0.0 if attempt.ended else HEARTBEAT_S)
-            now = spent_at(wall_s, price_usd_per_h, accelerators)
-            cost, hours = attempt.charged(attempt.cost_usd), attempt.charged(attempt.gpu_hours)
+            hours = attempt.charged(attempt.gpu_hours)
+            if hours is None:
+                hours = attempt.wall_s / 3600 * accelerators
             total = Spent(
-                wall_s=total.wall_s + wall_s,
-                cost_usd=_plus(total.cost_usd, now.cost_usd if cost is None else cost),
-                gpu_hours=total.gpu_hours + (now.gpu_hours if hours is None else hours),
+                wall_s=total.wall_s + attempt.wall_s,
+                cost_usd=_plus(total.cost_usd, attempt.bill_usd(price_usd_per_h)),
+                gpu_hours=total.gpu_hours + hours,
                 fraction=None,
                 energy_kwh=_plus(total.energy_kwh, attempt.charged(attempt.energy_kwh)),
                 co2e_kg=_plus(total.co2e_kg, attempt.charged(attempt.co2e_kg)),

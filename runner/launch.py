@@ -14,8 +14,8 @@ from outlay.planner.spec.measurement import Outcome
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import CheckpointError, UsageError
 from outlay.runner import swap
-from outlay.runner.booking import Booking, book
-from outlay.runner.budget import OPTIMISTIC_STARTUP_S, Meter, Spent
+from outlay.runner.booking import Booking, allowed, book
+from outlay.runner.budget import OPTIMISTIC_STARTUP_S, Meter, Spent, spent_at
 from outlay.runner.energy import ENERGY_BASE, energy_of
 from outlay.runner.events import EventLog, Follower, cut_torn_line, utc_now
 from outlay.runner.fit import check_machine, check_rules, check_software
@@ -29,6 +29,7 @@ from outlay.runner.host import (
 )
 from outlay.runner.limits import Limits
 from outlay.runner.processes import EARLIER, STARTED, Ranks, Signals
+from outlay.runner.refusal import require_start
 from outlay.runner.refuse import refuse
 from outlay.runner.schedule import check_schedule
 from outlay.runner.supervise import Seen, Supervisor
@@ -62,20 +63,23 @@ def run_plan(
     (folder.require_run if resume else folder.require_new)()
     with folder.locked():
         earlier = folder.read_attempts()
-        limits = folder.read_limits() if limits is None else limits
-        meter = open_meter(plan, limits, started_s=started_s, earlier=earlier)
-        least_s, source = _startup(earlier)
-        meter.require(least_s, source=source)
+        if limits is None:  # a wall time is of one start alone
+            limits = replace(folder.read_limits(), walltime_s=None)
+        spent = earlier.spent(plan.cluster.price_usd_per_h, plan.cluster.ranks)
+        _affordable(plan, limits, spent, started_s=started_s, earlier=earlier)
         checkpoint, rejected = _newest(folder, plan) if resume else (None, [])
-        spent = _more(meter.earlier, checkpoint)
+        spent = _more(spent, checkpoint)
         _prepare_data(plan, folder)
         environment = rank_environment(plan)
         swap.make_room(plan, folder.root)
+        _affordable(plan, limits, spent, started_s=started_s, earlier=earlier)
         booking = book(plan, limits, folder.root, spent)
+        used, state = spent_at(0.0, 0.0, plan.cluster.ranks), "refused"
+        meter: Meter | None = None
         try:
             limits = replace(limits, drawn=booking.drawn(spent))
-            meter = open_meter(plan, limits, started_s=started_s, earlier=earlier, spent=spent)
-            meter.require(least_s, source=source)
+            # others may have drawn on the project meanwhile
+            meter = _checked(plan, limits, spent, started_s=started_s, earlier=earlier)
             return _attempt(
                 plan,
                 folder,
@@ -91,7 +95,26 @@ def run_plan(
             )
         finally:
             swap.clear(plan, folder.root)
-            booking.close(meter.attempt(), state="failed", reason="ended early", steps=0)
+            if meter is not None:
+                used, state = meter.attempt(), "failed"
+            booking.close(used, state=state, reason="ended early", steps=0)
+
+
+def _affordable(
+    plan: Plan, limits: Limits, spent: Spent, *, started_s: float, earlier: Attempts
+) -> None:
+    """Refuse what the run's own limits, or its project's as they stand now, do not let start."""
+    limits = replace(limits, drawn=allowed(plan, limits, spent))
+    _checked(plan, limits, spent, started_s=started_s, earlier=earlier)
+
+
+def _checked(
+    plan: Plan, limits: Limits, spent: Spent, *, started_s: float, earlier: Attempts
+) -> Meter:
+    meter = open_meter(plan, limits, started_s=started_s, earlier=earlier, spent=spent)
+    least_s, source = _startup(earlier)
+    require_start(meter, least_s, source=source, walltime_s=limits.walltime_s)
+    return meter
 
 
 def _more(noted: Spent, checkpoint: Path | None) -> Spent:
@@ -120,9 +143,11 @@ def open_meter(
         already_s=max(0.0, time.monotonic() - started_s),
     )
     return Meter.of_cluster(
-        (*plan.job.budget, *limits.drawn),
+        plan.job.budget,
         plan.cluster,
         started_s=started_s,
+        drawn=limits.drawn,
+        project=limits.project,
         earlier=spent or earlier.spent(plan.cluster.price_usd_per_h, plan.cluster.ranks),
         energy=energy,
         kgco2e_per_kwh=limits.kgco2e_per_kwh,
@@ -262,7 +287,12 @@ def _attempt(
     for stale in (folder.outcome, *folder.failures()):
         stale.unlink(missing_ok=True)
     cut_torn_line(folder.events)
-    attempt = Attempt(started_at=utc_now(), elapsed_s=meter.elapsed_s())
+    attempt = Attempt(
+        started_at=utc_now(),
+        elapsed_s=meter.elapsed_s(),
+        price_usd_per_h=meter.price_usd_per_h,
+        minimum_s=meter.minimum_s,
+    )
     attempts = replace(earlier, attempts=(*earlier.attempts, attempt))
     folder.write_attempts(attempts)
     follower = Follower(folder.events)
@@ -281,6 +311,7 @@ def _attempt(
         booking=booking,
     )
     try:
+        supervisor.beat()  # the shortest bill is due from now on, in the ledger, too
         log.write(
             "start",
             ranks=plan.strategy.world,

@@ -68,8 +68,10 @@ def _meter(plan: Plan, folder: RunFolder) -> Meter:
         base_j=json.loads(os.environ.get(ENERGY_BASE, "null")),
     )
     return Meter.of_cluster(
-        (*plan.job.budget, *limits.drawn),
+        plan.job.budget,
         cluster,
+        drawn=limits.drawn,
+        project=limits.project,
         started_s=process_started_s() if started is None else float(started),
         earlier=attempts.spent(cluster.price_usd_per_h, cluster.ranks)
         if earlier is None

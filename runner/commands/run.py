@@ -172,10 +172,12 @@ def run(
     require_run_extra()
     from outlay.planner.planning import read_plan
     from outlay.planner.probe import probe
+    from outlay.runner.booking import allowed
     from outlay.runner.fit import check_machine, check_rules
     from outlay.runner.folder import Attempts
     from outlay.runner.launch import open_meter, run_plan
     from outlay.runner.limits import Limits
+    from outlay.runner.refusal import require_start
     from outlay.runner.swap import with_drive
 
     rate = flags.pop("rate")
@@ -188,11 +190,12 @@ def run(
         check_rules(plan)
         check_machine(plan, here)
     limits = limits_from(Limits(), flags)
-    meter = open_meter(plan, limits, started_s=started_s, earlier=Attempts())
+    nothing = Attempts().spent(plan.cluster.price_usd_per_h, plan.cluster.ranks)
+    seen = dataclasses.replace(limits, drawn=allowed(plan, limits, nothing))
+    meter = open_meter(plan, seen, started_s=started_s, earlier=Attempts())
     if flags["when_over"] is None:
         require_affordable(plan, meter, OPTIMISTIC_STARTUP_S)
-    else:
-        meter.require(OPTIMISTIC_STARTUP_S, source="assumed")
+    require_start(meter, OPTIMISTIC_STARTUP_S, source="assumed", walltime_s=limits.walltime_s)
     if dry_run:
         click.echo(
             f"{plan_file} fits this machine: {plan.strategy.label()}, {plan.job.steps} steps"

@@ -19,6 +19,7 @@ from outlay.runner.budget import (
     measure_write_rate,
     process_started_s,
 )
+from outlay.runner.refusal import require_start
 
 
 class Clock:
@@ -131,15 +132,15 @@ def test_the_shortest_time_that_is_billed_counts_from_the_start() -> None:
     assert m.remaining_s() == pytest.approx(7200)
     too_small = meter(Budget(kind="money", amount=3.0), minimum_s=3600.0)
     with pytest.raises(NotFeasible):
-        too_small.require(1.0, source="test")
+        require_start(too_small, 1.0, source="test")
 
 
 def test_a_budget_below_the_start_is_refused_with_the_numbers() -> None:
     m = meter(Budget(kind="money", amount=0.005))
     message = r"(?s)5\.00 s of it are left.*10\.8 s.*raise it above 0\.0108"
     with pytest.raises(NotFeasible, match=message):
-        m.require(10.0, source="assumed")
-    meter(Budget(kind="money", amount=0.012)).require(10.0, source="assumed")
+        require_start(m, 10.0, source="assumed")
+    require_start(meter(Budget(kind="money", amount=0.012)), 10.0, source="assumed")
 
 
 def test_an_upper_bound_covers_what_was_seen_and_forgets_old_steps() -> None:
