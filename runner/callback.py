@@ -30,8 +30,9 @@ from outlay.planner.spec.files import to_json, write_text
 from outlay.planner.spec.job import Budget
 from outlay.profiles.errors import MissingExtra, OutlayError, UsageError
 from outlay.profiles.money import parse_rates
-from outlay.runner.budget import Bounds, Meter, Spent, amount_of, process_started_s
+from outlay.runner.budget import Bounds, Spent, amount_of, process_started_s
 from outlay.runner.callback_report import FORECAST_AT, Report
+from outlay.runner.callback_start import check_figures, meter_of
 from outlay.runner.control import Controller, Decision, Stop
 from outlay.runner.ledger import Entry, Ledger, OpenRun, Want
 from outlay.runner.limits import Limits
@@ -103,33 +104,40 @@ class Guard:
         if steps is not None and steps < 1:
             raise UsageError(f"a loop of {steps} steps has nothing to guard", where="steps")
         price, self._predicted, total_s = _of_plan(plan, price_usd_per_h)
+        check_figures(price, accelerators, metering.get("minimum_s", 0.0))
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._ledger = self._opened(ledger, project)
         name = run or f"{platform.node()}:{os.getpid()}:{time.time_ns()}"
         earlier = None if self._ledger is None else self._ledger.spent(name)
         self._entry = _entry(name, user, project, tags, accelerators, price, total_s)
         self._open, budgets = self._enter(budgets, earlier)
-        if not budgets:
-            raise UsageError(
-                "there is no budget to keep", do="give budget, or a project that has one"
-            )
-        self.meter = Meter(
-            budgets,
-            price_usd_per_h=price,
-            accelerators=accelerators,
-            started_s=process_started_s() if started_s is None else started_s,
-            earlier=earlier,
-            clock=clock,
-            **metering,
-        )
         self._steps, self._save, self._clock = steps, save, clock
-        self.control = self._controller(when_over, scheduler)
+        try:
+            self.meter = meter_of(
+                budgets,
+                price_usd_per_h=price,
+                accelerators=accelerators,
+                started_s=process_started_s() if started_s is None else started_s,
+                earlier=earlier,
+                clock=clock,
+                **metering,
+            )
+            self.control = self._controller(when_over, scheduler)
+        except BaseException:
+            self._give_back()
+            raise
         self._report_path = None if report is None else Path(report)
         self.done, self._saved_at, self._forecast = 0, -1, None
         self._mark_s = self._beat_s = clock()
         self.why: Stop | Literal["ledger"] | None = None
         self._closed: Report | None = None
         atexit.register(self.close)  # a loop that ends by an exception is booked, too
+
+    def _give_back(self) -> None:
+        """What was drawn for a guard that never began."""
+        if self._open is not None:
+            nothing = Spent(wall_s=0.0, cost_usd=0.0, gpu_hours=0.0, fraction=None)
+            self._open.close_run(nothing, state="refused", reason="the guard did not begin")
 
     def _controller(self, when_over: When | None, scheduler: Any) -> Controller:
         self.bounds = Bounds(step_guess_s=0.0, parameters=0, write_bytes_per_s=1.0)
@@ -253,6 +261,13 @@ class Guard:
             self._say("outlay: the reservation in the ledger is gone: stopping")
             self.why = self.why or "ledger"
 
+    def _how_it_stopped(self) -> str:
+        """As it was: nobody is told that something was saved, or kept, that was not."""
+        left_s = self.meter.remaining_s()
+        kept = left_s is None or left_s >= 0
+        saved = "saved and stopped" if self._saved_at == self.done else "stopped, not saved,"
+        return f"{saved} {'within' if kept else 'above'} {self.meter.limit_text()}"
+
     def close(self) -> Report:
         """The end: the last entry in the ledger, and the report (also as text on stderr)."""
         if self._closed is not None:
@@ -264,7 +279,7 @@ class Guard:
         elif self.why == "ledger":
             reason = "the reservation in the ledger was lost"
         elif self.why is not None:
-            state, reason = "budget", f"saved and stopped within {self.meter.limit_text()}"
+            state, reason = "budget", self._how_it_stopped()
             if self.why == "forecast":
                 reason = self.control.forecast_text(self.done)
         timed = self.control.speed.steps >= REHEARSE_AFTER

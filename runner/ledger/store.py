@@ -28,8 +28,10 @@ from outlay.runner.ledger.lease import LEASE_S, this_process
 VARIABLE = "OUTLAY_LEDGER"
 VERSION = 1
 """PRAGMA user_version; a newer file is refused, not guessed at."""
-WAIT_S = 60.0
-"""For other processes to finish writing."""
+WAIT_S = 10.0
+"""For other processes to finish writing, before a run begins."""
+BEAT_WAIT_S, CLOSE_WAIT_S = 1.0, 3.0
+"""The same while a run is metered, and at its end: a ledger that somebody holds must not cost money."""
 
 SCHEMA = """
 CREATE TABLE budgets (project TEXT, kind TEXT, amount REAL NOT NULL, PRIMARY KEY (project, kind));
@@ -173,9 +175,10 @@ class Ledger:
         )
 
     @contextmanager
-    def change(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that no other process' can come between."""
+    def change(self, wait_s: float = WAIT_S) -> Iterator[sqlite3.Connection]:
+        """A transaction that no other process' can come between; fails where others write for so long."""
         try:
+            self._db.execute(f"PRAGMA busy_timeout={round(1000 * wait_s)}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -310,7 +313,7 @@ class OpenRun:
         """Note what this attempt has used so far. `next_s`: at most so long until the next one: it
         is charged should the process die. False = its reservation is gone, because it was silent for
         so long that it was taken for dead: stop, or reserve anew."""
-        with self._ledger.change() as db:
+        with self._ledger.change(BEAT_WAIT_S) as db:
             rows = db.execute("SELECT kind FROM reservations WHERE attempt = ?", (self.attempt,))
             held = self.reserved.keys() <= {row["kind"] for row in rows}
             self._note(db, spent, steps)
@@ -332,7 +335,7 @@ class OpenRun:
         self, spent: Spent, *, state: str, reason: str = "", steps: int | None = None
     ) -> None:
         """The final bill; what was reserved and not spent is free again."""
-        with self._ledger.change() as db:
+        with self._ledger.change(CLOSE_WAIT_S) as db:
             self._note(db, spent, steps)
             db.execute("DELETE FROM reservations WHERE attempt = ?", (self.attempt,))
             db.execute(
