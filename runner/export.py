@@ -54,6 +54,8 @@ def export_safetensors(
 
     `tokenizer_path`: a tokenizer.json, or a folder that holds one.
     """
+    from safetensors import SafetensorError
+
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +70,7 @@ def export_safetensors(
             if path.is_file():
                 sync_file(path)
         _replace(partial, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise FileError(
             "the export cannot be written", where=str(folder), why=str(error)
         ) from error

@@ -411,6 +411,12 @@ def left_behind(plans: list[Plan]) -> list[dict[str, int]]:
 
     from outlay.runner.engine import Engine
 
+    def large() -> set[int]:
+        gc.collect()
+        found = (t for t in gc.get_objects() if isinstance(t, torch.Tensor))
+        return {id(t) for t in found if t.numel() > 2000}
+
+    before = large()  # what other tests of these living ranks left is theirs
     seen = []
     for plan in plans:
         engine = Engine.build(plan)
@@ -419,11 +425,9 @@ def left_behind(plans: list[Plan]) -> list[dict[str, int]]:
         engine.close()
         engine.close()
         del engine
-        gc.collect()
-        large = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() > 2000]
         seen.append(
             {
-                "large_tensors": len(large),
+                "large_tensors": len(large() - before),
                 "groups": len(distributed_c10d._world.pg_map),
                 "own_linear": int(functional.linear.__module__.startswith("deepspeed")),
             }

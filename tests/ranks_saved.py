@@ -101,7 +101,8 @@ def train_and_export(plan: Plan, steps: int, folder: str, tokenizer: str | None)
 
 
 def only_export(plan: Plan, folder: str, tokenizer: str | None) -> None:
-    """Export untrained weights, without an engine."""
+    """Export untrained weights, without an engine, each rank into a folder of its own."""
+    import os
     from pathlib import Path
 
     from outlay.runner.export import export_safetensors
@@ -109,7 +110,8 @@ def only_export(plan: Plan, folder: str, tokenizer: str | None) -> None:
 
     model = build_model(plan.model, precision="fp32", attention="sdpa", seed=0)
     path = None if tokenizer is None else Path(tokenizer)
-    export_safetensors(model.state_dict(), plan, Path(folder), path)
+    own = Path(f"{folder}-{os.environ['RANK']}")
+    export_safetensors(model.state_dict(), plan, own, path)
 
 
 def _logits(engine: Any, ids: Any) -> Any:
