@@ -39,7 +39,6 @@ def test_two_ranks_together() -> None:
     assert 1e8 < rates.memory_bytes_per_s < 1e13
     assert tuple(size for size, _ in rates.all_reduce) == (4096, 2**20)
     assert all(0 < seconds < 10 for _, seconds in rates.all_reduce)
-    assert rates.all_reduce[-1][1] > rates.all_reduce[0][1]
     assert "gloo" in rates.source
     assert "torch" in rates.source
     assert (rates.pinned_copy_bytes_per_s, rates.pageable_copy_bytes_per_s) == (None, None)
