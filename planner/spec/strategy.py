@@ -48,7 +48,7 @@ class Strategy:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int) and value > MOST:
+            if isinstance(value, int) and value > MOST and not name.endswith("bucket_size"):
                 raise UsageError(
                     f"{name} of {value:.4g} is more than the largest that makes sense, {MOST:,}"
                 )
