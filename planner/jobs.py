@@ -165,42 +165,43 @@ def _length(file: JobFile, data: Data | None, seq_len: int, batch: int) -> tuple
     return max(1, -(-tokens // (seq_len * batch))), notes
 
 
-def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
-    """Fill what is missing, check what is there. Raises UsageError."""
-    notes: list[dict[str, Any]] = []
+_AS_GIVEN = (
+    "schedule", "gradient_clipping", "compile", "seed", "eval_every", "save_every", "attempts", "region",
+)  # fmt: skip
+"""What goes into the job as it stands in the file, where it stands there."""
 
-    def default(what: str, value: Any, why: str) -> Any:
-        notes.append({"what": what, "value": value, "source": f"default: {why}"})
-        return value
 
-    seq_len = (
-        file.seq_len
-        if file.seq_len is not None
-        else default(
-            "seq_len",
-            # 0 positions: the config sets no limit (BLOOM, T5)
-            min(DEFAULT_SEQ_LEN, spec.max_positions or DEFAULT_SEQ_LEN),
-            f"at most {DEFAULT_SEQ_LEN} and the model's positions",
-        )
-    )
-    batch = (
-        file.global_batch
-        if file.global_batch is not None
-        else default(
-            "global_batch",
-            DEFAULT_BATCH_PER_RANK * cluster.ranks,
-            f"{DEFAULT_BATCH_PER_RANK} sequences a rank",
-        )
-    )
+def _default(notes: Notes, what: str, value: Any, why: str) -> Any:
+    """A value that nobody gave, and a note that says so."""
+    notes.append({"what": what, "value": value, "source": f"default: {why}"})
+    return value
+
+
+def _shape(file: JobFile, spec: ModelSpec, cluster: Cluster, notes: Notes) -> tuple[int, int]:
+    """(tokens a sequence, sequences a step)."""
+    seq_len, batch = file.seq_len, file.global_batch
+    if seq_len is None:
+        # 0 positions: the config sets no limit (BLOOM, T5)
+        most = min(DEFAULT_SEQ_LEN, spec.max_positions or DEFAULT_SEQ_LEN)
+        why = f"at most {DEFAULT_SEQ_LEN} and the model's positions"
+        seq_len = _default(notes, "seq_len", most, why)
+    if batch is None:
+        why = f"{DEFAULT_BATCH_PER_RANK} sequences a rank"
+        batch = _default(notes, "global_batch", DEFAULT_BATCH_PER_RANK * cluster.ranks, why)
     for name, value in (("seq_len", seq_len), ("global_batch", batch)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
-    precision = file.precision or default("precision", *default_precision(cluster))
+    return seq_len, batch
+
+
+def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
+    """Fill what is missing, check what is there. Raises UsageError."""
+    notes: Notes = []
+    seq_len, batch = _shape(file, spec, cluster, notes)
+    precision = file.precision or _default(notes, "precision", *default_precision(cluster))
     data = data_of(file.data, file.tokenizer)
     steps, said = _length(file, data, seq_len, batch)
     notes += said
-    if steps < 1:
-        raise UsageError(f"steps must be at least 1, not {steps}")
     optimizer = file.optimizer
     if isinstance(optimizer, str):
         optimizer = parse(Optimizer, {"name": optimizer}, path="--optimizer")
@@ -209,9 +210,8 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
         notes.append({"what": "compile", "value": "on", "source": what})
     attention = file.attention
     if attention is None and spec.family == CAPPED_FAMILY:
-        attention = default(
-            "attention", "eager", "transformers has no sdpa form of its capped scores"
-        )
+        why = "transformers has no sdpa form of its capped scores"
+        attention = _default(notes, "attention", "eager", why)
     finetune, said = finetune_of(file.finetune, spec)
     check_compression(file.compress, spec, finetune)
     pilot = fraction_of(file.pilot)
@@ -219,20 +219,6 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
     budget, currency = money_of(file.budget, file.rate, file.currency)
     notes += [currency.note()] if currency else []
     carbon_of(file.region)
-    extra: dict[str, Any] = {
-        k: v
-        for k in (
-            "schedule",
-            "gradient_clipping",
-            "compile",
-            "seed",
-            "eval_every",
-            "save_every",
-            "attempts",
-            "region",
-        )
-        if (v := getattr(file, k)) is not None
-    }
     value = {
         "model": spec.name,
         "seq_len": seq_len,
@@ -248,7 +234,7 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
         "budget": budget,
         "currency": currency,
         "assume": parse_assumed(file.assume),
-        **extra,
+        **{k: v for k in _AS_GIVEN if (v := getattr(file, k)) is not None},
     }
     if attention is not None:
         value["attention"] = attention

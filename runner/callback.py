@@ -32,7 +32,7 @@ from outlay.profiles.errors import MissingExtra, OutlayError, UsageError
 from outlay.profiles.money import parse_rates
 from outlay.runner.budget import Bounds, Spent, amount_of, process_started_s
 from outlay.runner.callback_report import FORECAST_AT, Report
-from outlay.runner.callback_start import check_figures, meter_of
+from outlay.runner.callback_start import check_figures, check_options, meter_of
 from outlay.runner.control import Controller, Decision, Stop
 from outlay.runner.ledger import Entry, Ledger, OpenRun, Want
 from outlay.runner.limits import Limits
@@ -105,12 +105,15 @@ class Guard:
             raise UsageError(f"a loop of {steps} steps has nothing to guard", where="steps")
         price, self._predicted, total_s = _of_plan(plan, price_usd_per_h)
         check_figures(price, accelerators, metering.get("minimum_s", 0.0))
+        check_options(when_over, started_s, clock())
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
-        self._ledger = self._opened(ledger, project)
+        self._warned = False
+        self._ledger: Ledger | None = None
         name = run or f"{platform.node()}:{os.getpid()}:{time.time_ns()}"
-        earlier = None if self._ledger is None else self._ledger.spent(name)
         self._entry = _entry(name, user, project, tags, accelerators, price, total_s)
-        self._open, budgets = self._enter(budgets, earlier)
+        self._open, budgets, earlier = self._entered(budgets, ledger)
+        if run is not None and self._open is None:
+            self._say(f"outlay: without a ledger nothing is known of earlier starts of run {run!r}")
         self._steps, self._save, self._clock = steps, save, clock
         try:
             self.meter = meter_of(
@@ -156,35 +159,40 @@ class Guard:
             self.meter, self.bounds, steps=self._steps, policy=policy, skip=REHEARSE_AFTER
         )
 
-    def _opened(self, file: str | None, project: str | None) -> Ledger | None:
-        """Only a project cannot do without it."""
+    def _entered(
+        self, budgets: list[Budget], file: str | None
+    ) -> tuple[OpenRun | None, list[Budget], Spent | None]:
+        """(the entry in the ledger, the budgets, what earlier starts spent). Only a project cannot do
+        without a ledger: else one that cannot be used is no reason not to train."""
+        project = self._entry.project
         try:
-            found = Ledger.opened(file)
+            ledger = Ledger.opened(file)
+            if ledger is not None:
+                return self._enter(ledger, budgets)
         except OutlayError as error:
             if project is not None:
                 raise
             self._say(f"outlay: not in the ledger: {error.message()}")
-            return None
-        if found is None and project is not None:
+        if project is not None:
             raise UsageError("a project needs the ledger, which is off", where="project")
-        return found
+        return None, budgets, None
 
     def _enter(
-        self, budgets: list[Budget], earlier: Spent | None
-    ) -> tuple[OpenRun | None, list[Budget]]:
+        self, ledger: Ledger, budgets: list[Budget]
+    ) -> tuple[OpenRun, list[Budget], Spent | None]:
         """Into the ledger; a project's budgets become ours, as far as they are free."""
-        project = self._entry.project
-        if self._ledger is None:
-            return None, budgets
-        own = {b.kind: b.amount - amount_of(b, earlier or _NOTHING) for b in budgets}
-        totals = [] if project is None else self._ledger.totals(project)
+        project, earlier = self._entry.project, ledger.spent(self._entry.run)
+        spent = earlier or _NOTHING
+        own = {b.kind: b.amount - amount_of(b, spent) for b in budgets}
+        totals = [] if project is None else ledger.totals(project)
         wants = [Want(kind=t.budget.kind, amount=own.get(t.budget.kind)) for t in totals]
-        run = self._ledger.open_run(self._entry, wants=wants)
+        run = ledger.open_run(self._entry, wants=wants)
+        self._ledger = ledger
         for kind, amount in run.reserved.items():
             drawn = Budget(kind=kind, amount=amount)
-            drawn = replace(drawn, amount=amount + amount_of(drawn, earlier or _NOTHING))
+            drawn = replace(drawn, amount=amount + amount_of(drawn, spent))
             budgets = [b for b in budgets if b.kind != kind] + [drawn]
-        return run, budgets
+        return run, budgets, earlier
 
     @property
     def total_steps(self) -> int:
@@ -255,7 +263,9 @@ class Guard:
         try:
             held = self._open.heartbeat(self.meter.attempt(), steps=self.done, next_s=next_s)
         except OutlayError as error:  # a full disk is no reason to end a training
-            self._say(f"outlay: the ledger was not written: {error.message()}")
+            if not self._warned:
+                self._say(f"outlay: the ledger was not written: {error.message()}")
+            self._warned = True
             return
         if not held:
             self._say("outlay: the reservation in the ledger is gone: stopping")

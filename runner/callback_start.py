@@ -9,6 +9,19 @@ from outlay.planner.spec.job import Budget
 from outlay.profiles.errors import NotFeasible, UsageError
 from outlay.runner.budget import Meter
 
+WHEN_OVER = (None, "anneal", "cut", "stop")
+
+
+def check_options(when_over: str | None, started_s: float | None, now_s: float) -> None:
+    """Raises UsageError for a policy that a guard has not, or a start that is still to come."""
+    if when_over not in WHEN_OVER:
+        known = ", ".join(str(word) for word in WHEN_OVER[1:])
+        raise UsageError(f"{when_over!r} is none of {known}", where="when_over")
+    if started_s is not None and not started_s <= now_s:
+        raise UsageError(
+            f"a start at {started_s} s is not in the past (now: {now_s:.1f} s)", where="started_s"
+        )
+
 
 def check_figures(price: float | None, accelerators: int, minimum_s: float) -> None:
     """Raises UsageError for what would make money out of time."""

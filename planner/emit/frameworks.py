@@ -18,7 +18,7 @@ from outlay.planner.emit.order import (
     required_base_model,
     required_text,
 )
-from outlay.planner.emit.trainer import schedule_arguments, trainer_deepspeed
+from outlay.planner.emit.trainer import schedule_arguments, shared_arguments, trainer_deepspeed
 from outlay.planner.spec.files import to_json
 from outlay.planner.spec.job import Finetune
 from outlay.profiles.errors import UsageError
@@ -31,28 +31,7 @@ _FACTORY_ATTENTION = {"flash": "fa2", "eager": "disabled"}
 
 def _common(order: Order) -> dict[str, Any]:
     """What both call as the Trainer does."""
-    job, strategy, optimizer = order.plan.job, order.plan.strategy, order.plan.job.optimizer
-    keys: dict[str, Any] = {
-        "deepspeed": "ds_config.json",
-        "max_steps": job.steps,
-        "gradient_accumulation_steps": strategy.grad_accum,
-        "learning_rate": optimizer.lr,
-        "adam_beta1": optimizer.betas[0],
-        "adam_beta2": optimizer.betas[1],
-        "adam_epsilon": optimizer.eps,
-        "weight_decay": optimizer.weight_decay,
-        "max_grad_norm": job.gradient_clipping,
-        "bf16": job.precision == "bf16",
-        "fp16": job.precision == "fp16",
-        "tf32": job.precision == "tf32",
-        "seed": job.seed,
-        "logging_steps": 1,
-        "output_dir": "out",
-        "save_strategy": "no" if job.save_every is None else "steps",
-    }
-    if job.save_every is not None:
-        keys["save_steps"] = job.save_every
-    return keys
+    return shared_arguments(order.plan) | {"tf32": order.plan.job.precision == "tf32"}
 
 
 def _lora_targets(order: Order) -> list[str]:

@@ -56,32 +56,40 @@ def schedule_arguments(job: Job) -> dict[str, Any]:
     return arguments | {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": end}
 
 
-def training_arguments(plan: Plan) -> dict[str, Any]:
-    """The keywords of transformers.TrainingArguments (5.x)."""
-    job, strategy, optimizer = plan.job, plan.strategy, plan.job.optimizer
-    arguments: dict[str, Any] = {
+def shared_arguments(plan: Plan) -> dict[str, Any]:
+    """What every program that is built on the Trainer calls as the Trainer does."""
+    job, optimizer = plan.job, plan.job.optimizer
+    shared: dict[str, Any] = {
         "output_dir": "out",
         "deepspeed": "ds_config.json",
         "max_steps": job.steps,
-        "per_device_train_batch_size": strategy.micro_batch,
-        "gradient_accumulation_steps": strategy.grad_accum,
+        "gradient_accumulation_steps": plan.strategy.grad_accum,
         "learning_rate": optimizer.lr,
         "adam_beta1": optimizer.betas[0],
         "adam_beta2": optimizer.betas[1],
         "adam_epsilon": optimizer.eps,
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": job.gradient_clipping,
-        **schedule_arguments(job),
         "bf16": job.precision == "bf16",
         "fp16": job.precision == "fp16",
-        "gradient_checkpointing": strategy.activation_checkpointing == "full",
         "seed": job.seed,
         "logging_steps": 1,
-        "report_to": "none",
         "save_strategy": "no" if job.save_every is None else "steps",
     }
     if job.save_every is not None:
-        arguments["save_steps"] = job.save_every
+        shared["save_steps"] = job.save_every
+    return shared
+
+
+def training_arguments(plan: Plan) -> dict[str, Any]:
+    """The keywords of transformers.TrainingArguments (5.x)."""
+    job, strategy = plan.job, plan.strategy
+    arguments = shared_arguments(plan) | {
+        "per_device_train_batch_size": strategy.micro_batch,
+        **schedule_arguments(job),
+        "gradient_checkpointing": strategy.activation_checkpointing == "full",
+        "report_to": "none",
+    }
     if arguments["gradient_checkpointing"]:
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if job.precision == "tf32":

@@ -24,6 +24,9 @@ from outlay.runner.ledger.store import Entry, Ledger
         ({"accelerators": 0}, "accelerators"),
         ({"accelerators": -2}, "accelerators"),
         ({"minimum_s": -5.0}, "minimum bill"),
+        ({"when_over": "ask"}, "'ask' is none of anneal, cut, stop"),
+        ({"started_s": 1e12}, "not in the past"),
+        ({"started_s": float("nan")}, "not in the past"),
     ],
 )
 def test_nonsense_is_refused(figures: dict[str, Any], word: str) -> None:
@@ -71,3 +74,19 @@ def test_nothing_left_is_refused_and_nothing_stays_drawn(tmp_path: Path) -> None
         Guard("10min", ledger=path, project="p", minimum=3, **clock)
     (total,) = Ledger(Path(path)).totals("p")
     assert (total.charged, total.alive) == (0.0, 0)
+
+
+def test_a_ledger_that_cannot_be_used_stops_no_training(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    with ledger.change() as db:
+        db.execute("ALTER TABLE attempts DROP COLUMN tags")
+    ledger.close()
+    said: list[str] = []
+    guard = Guard("1h", ledger=str(path), say=said.append, run="again")
+    assert not guard.step()
+    assert any("not in the ledger" in text for text in said)
+    assert any("nothing is known of earlier starts" in text for text in said)
+    with pytest.raises(OutlayError, match="ledger"):
+        Guard("1h", ledger=str(path), project="p", say=said.append)
+    guard.close()
