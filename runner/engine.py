@@ -45,6 +45,7 @@ from outlay.runner.model import (
     skeleton,
 )
 from outlay.runner.optimizers import Build, own_optimizer, set_rates
+from outlay.runner.parallel.expert_load import ExpertLoad, ExpertUse
 from outlay.runner.quantized import fill
 from outlay.runner.refuse import refuse
 
@@ -127,6 +128,9 @@ class Engine:
         seed_everything(plan.job.seed, self._seed_of_rank())
         self.compressor = compression.Compressor.of(self)
         self.distiller = Distiller.of(self)
+        self.expert_load = ExpertLoad.of(self)
+        self.last_expert_use: ExpertUse | None = None
+        """Of the last step, where the model has experts."""
 
     @classmethod
     def build(cls, plan: Plan) -> Engine:
@@ -203,6 +207,8 @@ class Engine:
             self.deepspeed.backward(loss * self._loss_weight)
             self.deepspeed.step()
             total += loss.detach()
+        if self.expert_load is not None:
+            self.last_expert_use = self.expert_load.take()
         return self._mean_over_ranks(total, len(micro_batches))
 
     def evaluate(self, batches: Iterable[torch.Tensor]) -> float:
@@ -314,6 +320,8 @@ class Engine:
             self.compressor.close()
         if self.distiller is not None:
             self.distiller.close()
+        if self.expert_load is not None:
+            self.expert_load.close()
         self._undo()
         repairs.release(engine)
         _remove(self._swap)
@@ -330,6 +338,10 @@ def _remove(folder: Path | None) -> None:
 
 def _kind_of(plan: Plan) -> type[Engine]:
     """Which engine runs this strategy."""
+    if plan.strategy.pp > 1 and plan.strategy.tp > 1:
+        from outlay.runner.parallel.grid import TensorPipelineEngine
+
+        return TensorPipelineEngine
     if plan.strategy.pp > 1:
         from outlay.runner.pipeline import PipelineEngine
 
@@ -342,6 +354,10 @@ def _kind_of(plan: Plan) -> type[Engine]:
         from outlay.runner.parallel.sequence import SequenceParallelEngine
 
         return SequenceParallelEngine
+    if plan.strategy.ep > 1:
+        from outlay.runner.parallel.expert import ExpertParallelEngine
+
+        return ExpertParallelEngine
     return Engine
 
 
@@ -353,12 +369,19 @@ def current_device() -> torch.device:
 
 
 def initialize(
-    model: nn.Module, config: dict[str, Any], mpu: Any = None, build: Build | None = None
+    model: nn.Module,
+    config: dict[str, Any],
+    mpu: Any = None,
+    build: Build | None = None,
+    weights: list[Any] | None = None,
 ) -> Any:
-    """`deepspeed.initialize`, with its refusals as one clear error. `build`: our own optimizer."""
+    """`deepspeed.initialize`, with its refusals as one clear error. `build`: our own optimizer;
+    `weights`: the trained ones, or groups of them, where they are not simply all."""
     import deepspeed
 
-    given: dict[str, Any] = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
+    if weights is None:
+        weights = [p for p in model.parameters() if p.requires_grad]
+    given: dict[str, Any] = {"model_parameters": weights}
     if build is not None:
         config = {key: value for key, value in config.items() if key != "optimizer"}
         given["optimizer"] = build

@@ -203,7 +203,18 @@ def model_loss(model: Any, ids: torch.Tensor, how: str) -> torch.Tensor:
     if how == "chunked":
         loss: torch.Tensor = model(input_ids=ids)
         return loss
-    return WHOLE[how](model(input_ids=ids).logits, ids)
+    outputs = model(input_ids=ids)
+    return with_router_loss(WHOLE[how](outputs.logits, ids), outputs, model)
+
+
+def with_router_loss(loss: torch.Tensor, outputs: Any, model: Any) -> torch.Tensor:
+    """As transformers' own forward pass adds it: the load-balance loss of a mixture of experts whose
+    config says `output_router_logits`, times `router_aux_loss_coef`. Held-out losses are without it."""
+    inner = getattr(model, "module", model)  # DeepSpeed's engine itself never leaves training
+    balance = getattr(outputs, "aux_loss", None)
+    if balance is None or not inner.training:
+        return loss
+    return loss + float(inner.config.router_aux_loss_coef) * balance
 
 
 def loss_of_stage(stage: Stage, how: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -119,6 +119,8 @@ def _tiny(plan: Plan) -> Plan:
     """The same strategy and configuration around a model of a few thousand parameters."""
     layers = max(2, plan.strategy.pp)
     config = {**_TINY, "num_hidden_layers": layers, "max_position_embeddings": plan.job.seq_len}
+    if plan.strategy.ep > 1:
+        config |= {"model_type": "mixtral", "num_local_experts": plan.strategy.ep}
     model = dataclasses.replace(plan.model, name="warm-up", config=config, weights=None)
     compress = plan.job.compress
     if compress is not None and compress.distill is not None:

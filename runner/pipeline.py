@@ -7,11 +7,12 @@ DeepSpeed adds up the gradients of its two copies.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import nn
 
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import UsageError
@@ -22,6 +23,8 @@ from outlay.runner.loss import loss_of_stage
 from outlay.runner.model import compile_blocks, recompute, skeleton
 from outlay.runner.optimizers import own_optimizer
 from outlay.runner.stage import DecoderBlock, Part, Stage, layers_of
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _Module(PipelineModule):  # type: ignore[misc]
@@ -43,6 +46,32 @@ class _Module(PipelineModule):  # type: ignore[misc]
         super()._synchronize_tied_weights()
 
 
+def module_of(stage: Stage, plan: Plan, loss: Loss, topology: Any = None) -> PipelineModule:
+    """This rank's layers, filled. `topology`: which rank is where; null = stages and data alone."""
+    layers, bounds = layers_of(stage, plan)
+    with quiet():
+        return _Module(
+            layers,
+            bounds,
+            num_stages=plan.strategy.pp,
+            topology=topology,
+            loss_fn=loss,
+            base_seed=plan.job.seed,
+        )
+
+
+def start(module: PipelineModule, stage: Stage, plan: Plan, config: dict[str, Any]) -> Any:
+    """DeepSpeed's engine for these layers."""
+    # Recomputation is per block (below): DeepSpeed's would include the head.
+    config.setdefault("pipeline", {})["activation_checkpoint_interval"] = 0
+    local = [part.inner for part in module.modules() if isinstance(part, DecoderBlock)]
+    if plan.strategy.activation_checkpointing == "full":
+        recompute(local, _share(plan))
+    if plan.job.compile:
+        compile_blocks(local)
+    return initialize(module, config, build=own_optimizer(plan, stage.model))
+
+
 class PipelineEngine(Engine):
     """Stages over the ranks; each stage with its data-parallel group, ZeRO 0 or 1."""
 
@@ -54,26 +83,10 @@ class PipelineEngine(Engine):
 
     @staticmethod
     def _initialize(plan: Plan) -> Any:
-        config = copy.deepcopy(plan.deepspeed)
-        # Recomputation is per block (below): DeepSpeed's would include the head.
-        config.setdefault("pipeline", {})["activation_checkpoint_interval"] = 0
         stage = Stage(plan)
-        layers, bounds = layers_of(stage, plan)
-        with quiet():
-            module = _Module(
-                layers,
-                bounds,
-                num_stages=plan.strategy.pp,
-                loss_fn=loss_of_stage(stage, plan.strategy.loss),
-                base_seed=plan.job.seed,
-            )
+        module = module_of(stage, plan, loss_of_stage(stage, plan.strategy.loss))
         repairs.count_all_stages(module)
-        local = [part.inner for part in module.modules() if isinstance(part, DecoderBlock)]
-        if plan.strategy.activation_checkpointing == "full":
-            recompute(local, _share(plan))
-        if plan.job.compile:
-            compile_blocks(local)
-        return initialize(module, config, build=own_optimizer(plan, stage.model))
+        return start(module, stage, plan, copy.deepcopy(plan.deepspeed))
 
     def _data_parallel(self) -> tuple[int, int]:
         return self.deepspeed.grid.data_parallel_id, self.deepspeed.grid.data_parallel_size
@@ -102,13 +115,18 @@ class PipelineEngine(Engine):
         values: dict[int, torch.Tensor] = {}
         if self.dp_rank == 0:
             for part in (m for m in module.modules() if isinstance(m, Part)):
+                self._copy(part.inner, values)
                 for key, tensor in part.inner.state_dict(keep_vars=True).items():
-                    host_copies([tensor], values)
-                    mine[f"{part.name}.{key}"] = values[id(tensor)]
+                    if id(tensor) in values:
+                        mine[f"{part.name}.{key}"] = values[id(tensor)]
         whole = self._to_rank_0(mine)
         if self.rank != 0:
             return None
         return _in_model_order(whole, self.plan)
+
+    def _copy(self, inner: nn.Module, values: dict[int, torch.Tensor]) -> None:
+        """Copies of all tensors of a part, where this rank is the one that has them."""
+        host_copies(list(inner.state_dict(keep_vars=True).values()), values)
 
     def _to_rank_0(self, mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Collect the stages' weights, one tensor at a time; the first stage's copy of a tie wins."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from outlay.planner.rules import OFFLOADED, Context, broken
 from outlay.planner.rules.runner_compress import COMPRESS_RULES
 from outlay.planner.rules.runner_distill import DISTILL_RULES
+from outlay.planner.rules.runner_expert import EXPERT_RULES
 from outlay.planner.rules.runner_methods import METHOD_RULES
 from outlay.planner.rules.runner_parallel import PARALLEL_RULES
 from outlay.planner.spec.families import spec_from_config
@@ -13,7 +14,6 @@ from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import UsageError
 
 _ONE_ONLY = {
-    "ep": "expert parallel",
     "cp": "context parallel",
     "vpp": "virtual pipeline stages",
 }
@@ -60,7 +60,7 @@ def _refuse_parallel(plan: Plan) -> None:
     spec = spec_from_config(plan.model.config, name=plan.model.name, source=plan.model.source)
     context = Context(spec=spec, job=plan.job, cluster=plan.cluster)
     for rule, message in broken(plan.strategy, context, kinds=("runner",)):
-        if rule.name in PARALLEL_RULES:
+        if rule.name in (*PARALLEL_RULES, *EXPERT_RULES):
             raise UsageError(message, why=rule.evidence, do="plan again: no plan has it")
         if rule.name in (*METHOD_RULES, *COMPRESS_RULES, *DISTILL_RULES):
             raise UsageError(

@@ -83,6 +83,10 @@ class Stage:
         """The part of that name, filled."""
         return self._filler.fill(name)
 
+    def product(self, embedding: Embedding, hidden: torch.Tensor) -> torch.Tensor:
+        """What a head does whose weight is the embedding's: [b, s, h] → [b, s, v]."""
+        return nn.functional.linear(hidden, embedding.weight)
+
     def arguments(self, hidden: torch.Tensor, index: int) -> dict[str, Any]:
         """Keyword arguments of block `index` beside the hidden states [b, s, h]."""
         kind = self._attention_kind(index)
@@ -228,10 +232,10 @@ class Head(Part):
         return inputs if self._finish is None else self._finish.apply(self.inner(inputs))
 
 
-def _tied_head(finish: Finish | None, embedding: Embedding, hidden: torch.Tensor) -> torch.Tensor:
-    if finish is None:
+def _tied_head(stage: Stage, embedding: Embedding, hidden: torch.Tensor) -> torch.Tensor:
+    if not stage.whole_logits:
         return hidden
-    return finish.apply(nn.functional.linear(hidden, embedding.weight))
+    return stage.finish.apply(stage.product(embedding, hidden))
 
 
 def _first(stage: Stage) -> list[LayerSpec]:
@@ -259,7 +263,7 @@ def _last(stage: Stage) -> list[LayerSpec]:
         Embedding,
         stage,
         layout.embedding,
-        forward_fn=partial(_tied_head, stage.finish if stage.whole_logits else None),
+        forward_fn=partial(_tied_head, stage),
         tied_weight_attr="inner.weight",
     )
     return [*found, tied]

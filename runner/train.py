@@ -249,6 +249,9 @@ class Trainer:
             "spent_s": spent.wall_s,
             "spent_kwh": spent.energy_kwh,
         }
+        use = self.engine.last_expert_use
+        if use is not None:
+            values |= use.figures()
         self.log.write("step", self.step, **values)
         assert self.scalars is not None
         self.scalars.add("train", self.step, **values, memory_bytes=memory_now_bytes())

@@ -84,3 +84,46 @@ def three_steps(plan: Plan) -> list[float]:
         return [engine.train_step(micro_batches(plan, s, engine.dp_rank)) for s in range(3)]
     finally:
         engine.close()
+
+
+def train_on_grid(plan: Plan, steps: int) -> dict[str, Any]:
+    """`ranks.train` by the engine for pipeline and tensor parallel together, whatever the plan's stages."""
+    from ranks import train
+
+    from outlay.runner import engine
+    from outlay.runner.parallel.grid import TensorPipelineEngine
+
+    chosen, engine._kind_of = engine._kind_of, lambda _: TensorPipelineEngine
+    try:
+        return train(plan, steps)
+    finally:
+        engine._kind_of = chosen
+
+
+def train_and_export_grid(plan: Plan, steps: int, folder: str) -> dict[str, Any]:
+    """Train and export on rank 0: the held-out loss, and the logits of the gathered weights in one process."""
+    from pathlib import Path
+
+    import torch
+
+    from outlay.runner.engine import Engine
+    from outlay.runner.export import export_safetensors
+    from outlay.runner.model import build_model
+
+    engine = Engine.build(plan)
+    try:
+        for step in range(steps):
+            engine.train_step(micro_batches(plan, step, engine.dp_rank))
+        ids = micro_batches(plan, 900, 0)[0]
+        found = {"heldout": engine.evaluate([ids]), "plain": None}
+        state = engine.gather_state_dict()
+    finally:
+        engine.close()
+    if state is not None:
+        export_safetensors(state, plan, Path(folder), None, shard_bytes=100_000)
+        model = build_model(plan.model, precision="fp32", attention=plan.job.attention, seed=0)
+        model.load_state_dict(state)
+        model.eval()
+        with torch.no_grad():
+            found["plain"] = model(input_ids=ids).logits.numpy()
+    return found

@@ -87,6 +87,7 @@ def require_plain(order: Order, target: str, *, adapters: bool = False) -> None:
         (f"adapters ({method})", method is not None and not (adapters and method == "lora"),
          "emit axolotl and emit llamafactory write LoRA and QLoRA" if method == "lora" else none),
         ("compression", job.compress is not None, "outlay run trains so"),
+        ("an expert capacity", job.expert_capacity is not None, "outlay run drops so; or plan without it"),
         ("blocks through torch.compile", job.compile, "outlay run trains so; or plan without it"),
         (f"the optimizer {job.optimizer.name}", job.optimizer.name not in ("adamw", "adam"),
          "emit deepspeed has the words for it"),

@@ -8,9 +8,11 @@ from outlay.planner.rules import strategies  # first: messages come in this orde
 
 # isort: split
 from outlay.planner.rules import (
+    emitted,
     runner,
     runner_compress,
     runner_distill,
+    runner_expert,
     runner_methods,
     runner_parallel,
 )
@@ -19,5 +21,6 @@ from outlay.planner.rules.runner import OFFLOADED, PIPELINE_FAMILIES, ROWS
 
 __all__ = [
     "OFFLOADED", "PIPELINE_FAMILIES", "ROWS", "RULES", "VERSIONS", "Context", "Rule", "allowed", "broken",
-    "runner", "runner_compress", "runner_distill", "runner_methods", "runner_parallel", "strategies",
+    "emitted", "runner", "runner_compress", "runner_distill", "runner_expert", "runner_methods", "runner_parallel",
+    "strategies",
 ]  # fmt: skip

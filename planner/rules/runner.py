@@ -25,17 +25,17 @@ OFFLOADED = ("adam", "adamw")
 @rule(
     "runner_does_not_yet",
     "runner",
-    "outlay run executes ZeRO 0-3, their offload to the host and to NVMe, data, tensor, sequence parallel and "
-    "pipeline; the others are a later capability",
+    "outlay run executes ZeRO 0-3, their offload to the host and to NVMe, data, tensor, sequence, expert parallel "
+    "and pipeline; the others are a later capability",
     lambda s, x: (
-        "outlay run does not execute expert parallel, Megatron sequence parallel, offload in a pipeline, of weights "
+        "outlay run does not execute Megatron sequence parallel, offload in a pipeline, of weights "
         f"farther away than the optimizer or of another optimizer than {' or '.join(OFFLOADED)}, selective "
         "checkpointing yet"
     ),
 )
 def runner_does_not_yet(c: Candidates, x: Context) -> Array:
     return np.asarray(
-        (c.ep > 1) | (c.sequence_parallel > 0)
+        (c.sequence_parallel > 0)
         | (c.offload_param > c.offload_optimizer)
         | ((c.offload_optimizer > 0) & ((c.pp > 1) | (x.job.optimizer.name not in OFFLOADED)))
         | (c.activation_checkpointing == 1)

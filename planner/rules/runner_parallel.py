@@ -51,13 +51,16 @@ def runner_splits_sequences_of_its_families(c: Candidates, x: Context) -> Array:
     "tensor_parallel_alone",
     "runner",
     "runner/parallel/tensor.py: DeepSpeed's AutoTP makes groups for data and tensor parallel alone "
-    "(utils/groups.py, _init_tp_mesh_device), and the pipeline engine takes no mpu",
+    "(utils/groups.py, _init_tp_mesh_device); with a pipeline the groups are runner/parallel/grid.py's, which was "
+    "not tried with pruning",
     lambda s, x: (
-        f"outlay run does not combine tensor parallel (tp {s.tp}) with pp {s.pp}, sp {s.sp}, ep {s.ep}"
+        f"outlay run does not combine tensor parallel (tp {s.tp}) with sp {s.sp}, ep {s.ep}"
+        + (f", nor with pp {s.pp} and compression" if s.pp > 1 and x.job.compress else "")
     ),
 )
 def tensor_parallel_alone(c: Candidates, x: Context) -> Array:
-    return np.asarray((c.tp > 1) & ((c.pp > 1) | (c.sp > 1) | (c.ep > 1)))
+    compressed = (c.pp > 1) & (x.job.compress is not None)
+    return np.asarray((c.tp > 1) & ((c.sp > 1) | (c.ep > 1) | compressed))
 
 
 @rule(

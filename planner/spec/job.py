@@ -216,6 +216,9 @@ class Job:
     attention: Literal["eager", "sdpa", "flash"] = "sdpa"
     compile: bool = False
     """Each block through torch.compile; the estimate is that of the model as it is."""
+    expert_capacity: float | None = None
+    """Most (token, choice) pairs that an expert takes of one rank's micro-batch, as a multiple of an even
+    share; those with the least weight pass it by. Null = none is dropped."""
     target_len: int | None = None
     """Tokens of the decoder's sequence in an encoder-decoder; null = seq_len."""
     finetune: Finetune | None = None
@@ -264,5 +267,10 @@ class Job:
                 )
         if not 0 <= self.gradient_clipping < math.inf:
             raise UsageError(f"gradient_clipping makes no sense: {self.gradient_clipping}")
+        if self.expert_capacity is not None and not 0 < self.expert_capacity < math.inf:
+            raise UsageError(
+                f"expert_capacity must be positive and finite, not {self.expert_capacity}",
+                do="leave it out: no token is dropped then",
+            )
         if not 0 <= self.pilot_fraction <= 1:
             raise UsageError(f"a pilot of {self.pilot_fraction:.0%} of the run makes no sense")

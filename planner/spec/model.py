@@ -140,6 +140,8 @@ class ModelSpec:
     final_extra_parameters: int = 0
     """Weights between the last block and the head besides the final norm (transform of a masked-LM
     head, projection to the width of the embedding, final norm of the encoder of a T5)."""
+    router_loss: bool = False
+    """The config asks for the load-balance loss of its experts (`output_router_logits`)."""
 
     @property
     def layers(self) -> int:

@@ -46,7 +46,8 @@ _QKV = 3
 class Cutter:
     """Cuts the parts of one model, in any order, each once it is filled."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, group: Any = None) -> None:
+        """`group`: the ranks that share a matrix; null = those that DeepSpeed's AutoTP has made."""
         from deepspeed.utils import groups
 
         family = str(plan.model.config.get("model_type", ""))
@@ -58,7 +59,7 @@ class Cutter:
             )
         self.model: Any = model
         self.tp = plan.strategy.tp
-        self.group = groups.get_tensor_model_parallel_group()
+        self.group = groups.get_tensor_model_parallel_group() if group is None else group
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
         self.tied = self._embedding.weight is self._head.weight
         names = {id(module): name for name, module in model.named_modules()}
@@ -211,18 +212,8 @@ class TensorParallelEngine(Engine):
         return self.dp_rank
 
     def _loss(self, ids: torch.Tensor) -> torch.Tensor:
-        from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
-
         head = self.deepspeed.module.get_output_embeddings()
-        loss: torch.Tensor = vocab_parallel_cross_entropy(
-            self.deepspeed(input_ids=ids).logits,
-            next_tokens(ids),
-            tp_group=head.mp_group,
-            vocab_start_index=head.vocab_start_index,
-            vocab_end_index=head.vocab_end_index,
-            global_vocab_size=head.vocab_size,
-        )
-        return loss
+        return sliced_loss(head, self.deepspeed(input_ids=ids).logits, ids)
 
     def gather_state_dict(self) -> dict[str, torch.Tensor] | None:
         """On rank 0 all weights by transformers' names, on the CPU, ties kept; null on the others."""
@@ -233,23 +224,40 @@ class TensorParallelEngine(Engine):
                 whole = module.get_submodule(part)
                 with gathered(list(whole.parameters()), self.plan.strategy.zero):
                     for layer in whole.modules():
-                        self._copy_whole(layer, values)
+                        copy_whole(layer, values, keep=self.rank == 0)
         if self.rank != 0:
             return None
         state = module.state_dict(keep_vars=True)
         host_copies([t for t in state.values() if id(t) not in values], values)
         return {name: values[id(tensor)] for name, tensor in state.items()}
 
-    def _copy_whole(self, layer: nn.Module, values: dict[int, torch.Tensor]) -> None:
-        """Rank 0 copies the weights of one module, put together from the slices of its group."""
-        weights = list(layer.parameters(recurse=False))
-        with _put_together(layer, weights):
-            if self.rank != 0:
-                return
-            host_copies(weights, values)
-            if getattr(layer, "turned", False):
-                weight = weights[0]
-                values[id(weight)] = values[id(weight)].t().contiguous()
+
+def sliced_loss(head: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of a micro-batch [b, s] from this rank's slice of the logits, [b, s, v / tp]."""
+    from deepspeed.sequence.cross_entropy import vocab_parallel_cross_entropy
+
+    loss: torch.Tensor = vocab_parallel_cross_entropy(
+        logits,
+        next_tokens(ids),
+        tp_group=head.mp_group,
+        vocab_start_index=head.vocab_start_index,
+        vocab_end_index=head.vocab_end_index,
+        global_vocab_size=head.vocab_size,
+    )
+    return loss
+
+
+def copy_whole(layer: nn.Module, values: dict[int, torch.Tensor], *, keep: bool) -> None:
+    """Copy the weights of one module, put together from the slices of its group, on the ranks that
+    `keep` them; all ranks of the group call it."""
+    weights = list(layer.parameters(recurse=False))
+    with _put_together(layer, weights):
+        if not keep:
+            return
+        host_copies(weights, values)
+        if getattr(layer, "turned", False):
+            weight = weights[0]
+            values[id(weight)] = values[id(weight)].t().contiguous()
 
 
 @contextlib.contextmanager

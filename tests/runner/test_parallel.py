@@ -209,7 +209,6 @@ def test_closed_engines_leave_nothing(ranks: RankPool) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", {"dp": 1, "tp": 2, "pp": 2}, "does not combine tensor parallel"),
         ("llama", {"dp": 1, "tp": 2, "sp": 2}, "does not combine tensor parallel"),
         ("opt", {"dp": 1, "tp": 2}, "does not train opt tensor parallel"),
         ("opt", {"dp": 1, "sp": 2}, "does not train opt sequence parallel"),

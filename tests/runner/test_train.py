@@ -44,6 +44,7 @@ class Clockwork:
     dp_rank, dp_size = 0, 1
     compressor = None
     last_grad_norm = 1.0
+    last_expert_use = None
 
     def __init__(self, clock: Clock, seed: int = 0, **takes_s: float) -> None:
         self.clock, self.draws = clock, random.Random(seed)

@@ -104,6 +104,7 @@ def model_of(
         positions="rotary",
         max_positions=reader.size("max_position_embeddings", max_positions),
         tie_embeddings=reader.flag("tie_word_embeddings", tie),
+        router_loss=reader.flag("output_router_logits", False),
     )
 
 
