@@ -69,6 +69,7 @@ def plain_loop(folder: Path) -> tuple[Timed, float, int]:
         steps=10**6,
         ledger=str(folder / "ledger.sqlite"),
         started_s=time.monotonic(),
+        save_s=0.0,
     )
     timed, began_s, steps = Timed(), time.perf_counter(), 0
     step = timed.around(guard.step)

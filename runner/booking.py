@@ -17,6 +17,10 @@ from outlay.runner.limits import Limits
 
 NEXT_S = 10.0
 """Between two entries, at most: charged to an attempt whose supervisor is killed."""
+BEAT_WAIT_S = 0.25
+"""For a ledger that somebody holds: the supervisor must be free to end what runs into its budget."""
+OPEN_WAIT_S = 3.0
+"""The same before the start, which is rented, too."""
 
 
 class Booking:
@@ -36,12 +40,17 @@ class Booking:
 
     def beat(self, spent: Spent, steps: int) -> bool:
         """False = the reservation is gone: stop."""
-        return self._run is None or self._run.heartbeat(spent, steps=steps, next_s=NEXT_S)
+        return self._run is None or self._run.heartbeat(
+            spent, steps=steps, next_s=NEXT_S, wait_s=BEAT_WAIT_S
+        )
 
     def close(self, spent: Spent, *, state: str, reason: str, steps: int) -> None:
-        """Once; later calls do nothing."""
+        """Once; later calls do nothing. One that was refused leaves nothing."""
         if self._run is not None and self._ledger is not None:
-            self._run.close_run(spent, state=state, reason=reason, steps=steps)
+            if state == "refused":
+                self._run.withdraw()
+            else:
+                self._run.close_run(spent, state=state, reason=reason, steps=steps)
             self._ledger.close()
         self._run = self._ledger = None
 
@@ -72,15 +81,24 @@ def _allowed(project: str, total: Total, own: Budget | None, earlier: Spent) -> 
     return own if own is not None and own.amount <= amount else replace(budget, amount=amount)
 
 
-def book(plan: Plan, limits: Limits, folder: Path, earlier: Spent) -> Booking:
-    """Enter an attempt and draw on its project. Only a run with a project fails with its ledger."""
+def book(
+    plan: Plan, limits: Limits, folder: Path, earlier: Spent, *, elapsed_s: float = 0.0
+) -> Booking:
+    """Enter an attempt, which began so long ago, and draw on its project. Only a run with a project
+    fails with its ledger. An attempt that was killed is brought to what the folder noted of it."""
     ledger: Ledger | None = None
     try:
-        ledger = Ledger.opened(limits.ledger) if limits.project is None else _opened(limits)
+        if limits.project is not None:
+            ledger = _opened(limits)
+        else:
+            ledger = Ledger.opened(limits.ledger, within_s=OPEN_WAIT_S)
         if ledger is None:
             return Booking(None, None)
+        entry = _entry(plan, limits, folder, elapsed_s)
+        if earlier.wall_s > 0:
+            ledger.agree(entry.run, earlier)
         wants = _wants(ledger, limits.project, plan.job.budget, earlier)
-        return Booking(ledger.open_run(_entry(plan, limits, folder), wants=wants), ledger)
+        return Booking(ledger.open_run(entry, wants=wants), ledger)
     except OutlayError as error:
         if ledger is not None:
             ledger.close()
@@ -90,7 +108,7 @@ def book(plan: Plan, limits: Limits, folder: Path, earlier: Spent) -> Booking:
 
 
 def _opened(limits: Limits) -> Ledger:
-    ledger = Ledger.opened(limits.ledger)
+    ledger = Ledger.opened(limits.ledger, within_s=OPEN_WAIT_S)
     if ledger is None:
         raise UsageError(
             "a project needs the ledger, which is off",
@@ -123,7 +141,7 @@ def _wants(
     ]
 
 
-def _entry(plan: Plan, limits: Limits, folder: Path) -> Entry:
+def _entry(plan: Plan, limits: Limits, folder: Path, elapsed_s: float) -> Entry:
     step, price = plan.estimate.get("step") or {}, plan.cluster.price_usd_per_h
     predicted_s = None
     if step.get("time_s") is not None:
@@ -144,4 +162,8 @@ def _entry(plan: Plan, limits: Limits, folder: Path) -> Entry:
         predicted_usd=None
         if price is None or predicted_s is None
         else price * predicted_s[1] / 3600,
+        elapsed_s=elapsed_s,
+        minimum_s=limits.minimum_s,
+        upper_kw=None if limits.power_w is None else limits.power_w / 1e3 * limits.used_pue()[0],
+        kgco2e_per_kwh=limits.kgco2e_per_kwh,
     )

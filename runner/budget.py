@@ -343,6 +343,7 @@ class Bounds:
         self.evaluate = UpperBound(0.0, slack_s=0.1)
         # an export holds the weights alone, at most 4 of those 16 bytes, but one rank writes it
         self.export = UpperBound(by_bytes_s + 0.5, factor=1.3, slack_s=0.1)
+        self.after_s = 0.0  # for what others do after the last step
 
     def kept_s(self) -> dict[str, float]:
         """What is kept for each part at least, when the run stops for its budget."""
@@ -352,11 +353,12 @@ class Bounds:
     def finish_s(self) -> float:
         """The last save, the held-out evaluation, the export and the end of the processes."""
         parts = (self.save, self.evaluate, self.export)
-        return sum(part.upper_s() for part in parts) + SHUTDOWN_S
+        return sum(part.upper_s() for part in parts) + self.after_s + SHUTDOWN_S
 
     def finish_expected_s(self) -> float:
         """The same as it went so far."""
-        return sum(part.mean_s() for part in (self.save, self.evaluate, self.export)) + SHUTDOWN_S
+        parts = (self.save, self.evaluate, self.export)
+        return sum(part.mean_s() for part in parts) + self.after_s + SHUTDOWN_S
 
 
 def measure_write_rate(folder: Path, size_bytes: int = 32 * 2**20) -> float:

@@ -22,33 +22,42 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from outlay.planner.spec.files import to_json, write_text
-from outlay.planner.spec.job import Budget
-from outlay.profiles.errors import MissingExtra, OutlayError, UsageError
-from outlay.profiles.money import parse_rates
-from outlay.runner.budget import Bounds, Spent, amount_of, process_started_s
+from outlay.profiles.errors import MissingExtra, UsageError
+from outlay.profiles.units import format_seconds
+from outlay.runner.budget import Bounds, process_started_s
+from outlay.runner.callback_account import BEAT_S, BEAT_WAIT_S, Account
 from outlay.runner.callback_report import FORECAST_AT, Report
-from outlay.runner.callback_start import check_figures, check_options, meter_of
-from outlay.runner.control import Controller, Decision, Stop
-from outlay.runner.ledger import Entry, Ledger, OpenRun, Want
+from outlay.runner.callback_start import (
+    check_calls,
+    check_figures,
+    check_names,
+    check_options,
+    meter_of,
+    of_plan,
+    parse_budgets,
+    path_text,
+    require_room,
+    reshaper,
+)
+from outlay.runner.control import WARN_AT, Controller, Decision, Stop
+from outlay.runner.forecast import Forecast
+from outlay.runner.ledger import Entry
 from outlay.runner.limits import Limits
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
     from transformers import TrainerCallback
 
-    from outlay.runner.reshape import Reshaper
-
 REHEARSE_AFTER = 3
 """Steps before the first save, and those that are left out of the timings."""
-BEAT_S = 10.0
-"""Between entries in the ledger: one is a write that is forced to disk, some milliseconds."""
 UNKNOWN_SAVE_S = 5.0
-"""Taken for the first save before one was timed, where the size of the model is not known."""
+"""Taken for a save before one was timed, where nothing says what it takes."""
+CHEAP = 0.005
+"""Of the whole budget: a save that takes less is made on the way, too, should the last not fit."""
 ENDLESS = 2**62
 
 When = Literal["anneal", "cut", "stop"]
@@ -68,12 +77,14 @@ class Guard:
     price_usd_per_h   of all that is rented; needed for money
     rate              "eur=1.08": USD for one, for budgets in another currency
     steps             of the whole loop, where that is known: gives forecasts
-    save              called after the third step, and before the stop; without it use `saving()`
+    save              called after the third step, and before the stop; without it use `save_now`
     scheduler         torch's, stepped once a step: its rate then ends within the budget
     when_over         "anneal" (with a scheduler the default), "cut" (without), "stop"
     plan              plan.yaml: its prediction is set against what is measured
     started_s         on CLOCK_MONOTONIC, since when time counts; null = the start of this process
     run               a name that later processes continue: what earlier ones spent counts
+    save_s            what a save takes at most, until one is timed; 0 where the loop never saves
+    keep_s            kept for what your code does after the training
     """
 
     def __init__(
@@ -92,60 +103,94 @@ class Guard:
         user: str | None = None,
         project: str | None = None,
         tags: Sequence[str] = (),
-        ledger: str | None = None,
+        ledger: str | Path | None = None,
         started_s: float | None = None,
         report: str | Path | None = None,
         say: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        save_s: float | None = None,
+        save_source: str = "save_s",
+        keep_s: float = 0.0,
         **metering: Any,
     ) -> None:
         """`metering`: energy, kgco2e_per_kwh, minimum_s, as those of `Meter`."""
         budgets = list(parse_budgets(budget, rate))
-        if steps is not None and steps < 1:
-            raise UsageError(f"a loop of {steps} steps has nothing to guard", where="steps")
-        price, self._predicted, total_s = _of_plan(plan, price_usd_per_h)
-        check_figures(price, accelerators, metering.get("minimum_s", 0.0))
-        check_options(when_over, started_s, clock())
+        check_calls(save=save, say=say, clock=clock)
+        check_names(tags, run=run, user=user, project=project)
+        check_options(when_over, started_s, clock(), steps)
+        figures = {"price_usd_per_h": price_usd_per_h, "save_s": save_s, "keep_s": keep_s}
+        check_figures(accelerators, metering, **figures)
+        price, self._predicted, total_s = of_plan(plan, price_usd_per_h)
+        file, report = path_text("ledger", ledger), path_text("report", report)
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
-        self._warned = False
-        self._ledger: Ledger | None = None
-        name = run or f"{platform.node()}:{os.getpid()}:{time.time_ns()}"
-        self._entry = _entry(name, user, project, tags, accelerators, price, total_s)
-        self._open, budgets, earlier = self._entered(budgets, ledger)
-        if run is not None and self._open is None:
-            self._say(f"outlay: without a ledger nothing is known of earlier starts of run {run!r}")
         self._steps, self._save, self._clock = steps, save, clock
+        began_s = process_started_s() if started_s is None else started_s
+        energy = metering.get("energy")
+        entry = Entry(
+            run=run or f"{platform.node()}:{os.getpid()}:{time.time_ns()}",
+            user=user or Limits().user,
+            project=project,
+            tags=tuple(tags),
+            tool="guard",
+            machine=platform.node(),
+            accelerators=int(accelerators),
+            price_usd_per_h=price,
+            price_source=None if price is None else "price_usd_per_h",
+            predicted_s=total_s,
+            predicted_usd=None if price is None or total_s is None else price * total_s[1] / 3600,
+            elapsed_s=max(0.0, clock() - began_s),
+            minimum_s=metering.get("minimum_s") or 0.0,
+            upper_kw=None if energy is None else energy.upper_kw(),
+            kgco2e_per_kwh=metering.get("kgco2e_per_kwh"),
+        )
+        self._account = Account(entry, budgets, file, self._say)
+        if run is not None and not self._account.kept:
+            self._say(f"outlay: without a ledger nothing is known of earlier starts of run {run!r}")
         try:
             self.meter = meter_of(
                 budgets,
+                self._account.drawn,
                 price_usd_per_h=price,
-                accelerators=accelerators,
-                started_s=process_started_s() if started_s is None else started_s,
-                earlier=earlier,
+                accelerators=int(accelerators),
+                started_s=began_s,
+                earlier=self._account.earlier,
+                project=project,
                 clock=clock,
                 **metering,
             )
+            self._expect(save_s, save_source, keep_s)
             self.control = self._controller(when_over, scheduler)
         except BaseException:
-            self._give_back()
+            self._account.withdraw()
             raise
         self._report_path = None if report is None else Path(report)
-        self.done, self._saved_at, self._forecast = 0, -1, None
+        self.done, self._saved_at = 0, -1
+        self._forecast: Forecast | None = None
+        self._due = self._misfit = False
+        self._kept_text = ""
+        self._insure_at = [part for part in WARN_AT if part > (self.meter.spent().fraction or 0.0)]
         self._mark_s = self._beat_s = clock()
         self.why: Stop | Literal["ledger"] | None = None
         self._closed: Report | None = None
         atexit.register(self.close)  # a loop that ends by an exception is booked, too
 
-    def _give_back(self) -> None:
-        """What was drawn for a guard that never began."""
-        if self._open is not None:
-            nothing = Spent(wall_s=0.0, cost_usd=0.0, gpu_hours=0.0, fraction=None)
-            self._open.close_run(nothing, state="refused", reason="the guard did not begin")
+    def _expect(self, save_s: float | None, source: str, keep_s: float) -> None:
+        """What is known before the first step: from earlier starts of the run, else as it is given."""
+        took = self._account.took
+        if took.save_s is not None:
+            save_s, source = took.save_s, "measured by an earlier start of this run"
+        elif save_s is None:
+            save_s, source = UNKNOWN_SAVE_S, "assumed: none is timed yet"
+        step_s = took.step_s
+        if step_s is None and self._predicted is not None:
+            step_s = self._predicted[0]
+        self.bounds = Bounds(step_guess_s=step_s or 0.0, parameters=0, write_bytes_per_s=1.0)
+        self.bounds.save.guess(save_s)
+        self.bounds.export.guess(0.0)
+        self.bounds.after_s = keep_s
+        require_room(self.meter, self.bounds, step_s, source)
 
     def _controller(self, when_over: When | None, scheduler: Any) -> Controller:
-        self.bounds = Bounds(step_guess_s=0.0, parameters=0, write_bytes_per_s=1.0)
-        self.bounds.save.guess(UNKNOWN_SAVE_S if self._save is not None else 0.0)
-        self.bounds.export.guess(0.0)
         self._reshaper = None
         if scheduler is not None and when_over in (None, "anneal"):
             self._reshaper = reshaper([scheduler], self._steps, self._say)
@@ -159,41 +204,6 @@ class Guard:
             self.meter, self.bounds, steps=self._steps, policy=policy, skip=REHEARSE_AFTER
         )
 
-    def _entered(
-        self, budgets: list[Budget], file: str | None
-    ) -> tuple[OpenRun | None, list[Budget], Spent | None]:
-        """(the entry in the ledger, the budgets, what earlier starts spent). Only a project cannot do
-        without a ledger: else one that cannot be used is no reason not to train."""
-        project = self._entry.project
-        try:
-            ledger = Ledger.opened(file)
-            if ledger is not None:
-                return self._enter(ledger, budgets)
-        except OutlayError as error:
-            if project is not None:
-                raise
-            self._say(f"outlay: not in the ledger: {error.message()}")
-        if project is not None:
-            raise UsageError("a project needs the ledger, which is off", where="project")
-        return None, budgets, None
-
-    def _enter(
-        self, ledger: Ledger, budgets: list[Budget]
-    ) -> tuple[OpenRun, list[Budget], Spent | None]:
-        """Into the ledger; a project's budgets become ours, as far as they are free."""
-        project, earlier = self._entry.project, ledger.spent(self._entry.run)
-        spent = earlier or _NOTHING
-        own = {b.kind: b.amount - amount_of(b, spent) for b in budgets}
-        totals = [] if project is None else ledger.totals(project)
-        wants = [Want(kind=t.budget.kind, amount=own.get(t.budget.kind)) for t in totals]
-        run = ledger.open_run(self._entry, wants=wants)
-        self._ledger = ledger
-        for kind, amount in run.reserved.items():
-            drawn = Budget(kind=kind, amount=amount)
-            drawn = replace(drawn, amount=amount + amount_of(drawn, spent))
-            budgets = [b for b in budgets if b.kind != kind] + [drawn]
-        return run, budgets, earlier
-
     @property
     def total_steps(self) -> int:
         """Where the schedule ends now: with `anneal`, fewer than `steps` where the budget ends before."""
@@ -204,19 +214,27 @@ class Guard:
         """Whether the last `step()` said stop."""
         return self.why is not None
 
+    @property
+    def save_now(self) -> bool:
+        """Whether a save is due that fits: the first, one on the way, or the last."""
+        if self._saved_at == self.done:
+            return False
+        return self.fits(self.bounds.save.upper_s()) if self.stop_now else self._due
+
+    def fits(self, upper_s: float) -> bool:
+        """Whether something that takes at most so long ends within the budget."""
+        return self.meter.affords(upper_s)
+
     def step(self) -> bool:
         """A step is done. True = the budget is reached and saved: leave the loop."""
-        due = self.look()
-        if self._save is not None and (self.stop_now or due) and self._saved_at != self.done:
+        self.look()
+        if self._save is not None and self.save_now:
             with self.saving():
                 self._save()
         return self.stop_now
 
-    def look(self) -> bool:
-        """A step is done: decide. True = a first save is due, to know what saves take.
-
-        For callbacks, whose trainers save by themselves; loops call `step`.
-        """
+    def look(self) -> None:
+        """A step is done: decide. For callbacks, whose trainers save by themselves; loops call `step`."""
         now_s = self._clock()
         self.done += 1
         self.bounds.step.add(now_s - self._mark_s)
@@ -231,12 +249,24 @@ class Guard:
         if self._forecast is None and self._steps and self.done >= FORECAST_AT * self._steps:
             self._forecast = self.control.forecast(self.done)
         self._beat(now_s)
+        self._misfit = self.stop_now and not self.fits(self.bounds.save.upper_s())
+        self._due = self._save_due()
         self.resumed()
-        return (
-            self.done == REHEARSE_AFTER
-            and not self.bounds.save.measured
-            and self.control.affords(self.bounds.save.upper_s())
-        )
+
+    def _save_due(self) -> bool:
+        """The first, to know what saves take; later ones where they cost next to nothing: a step may
+        take so long that the last save does not fit any more, and then an earlier one is what is left."""
+        save = self.bounds.save
+        if not save.measured:
+            return self.done == REHEARSE_AFTER and self.control.affords(save.upper_s())
+        used = self.meter.spent().fraction or 0.0
+        passed = [part for part in self._insure_at if used >= part]
+        if not passed or self.stop_now:
+            return False
+        self._insure_at = self._insure_at[len(passed) :]
+        limit_s = self.meter.limit_s
+        cheap = limit_s is not None and save.upper_s() <= CHEAP * limit_s
+        return cheap and self._saved_at < 0.98 * self.done and self.control.affords(save.upper_s())
 
     def resumed(self) -> None:
         """What came since the last step was no step: a save, an evaluation."""
@@ -244,6 +274,11 @@ class Guard:
 
     def saved(self, took_s: float) -> None:
         """All steps until now are in a checkpoint, which took so long."""
+        if self.stop_now and not self.bounds.save.measured:
+            self._kept_text = (
+                f"; {format_seconds(self.bounds.save.upper_s())} were kept for its only save, which "
+                f"took {format_seconds(took_s)} (save_s= says what it takes)"
+            )
         self.bounds.save.add(took_s)
         self._saved_at = self.done
         self.resumed()
@@ -256,18 +291,14 @@ class Guard:
         self.saved(self._clock() - began_s)
 
     def _beat(self, now_s: float) -> None:
-        if self._open is None or now_s - self._beat_s < BEAT_S:
+        # the first soon: until then a process that dies is charged for as long as may be
+        if now_s - self._beat_s < BEAT_S and self.done != REHEARSE_AFTER:
             return
+        near = self.bounds.step.upper_s() + self.bounds.finish_s() + BEAT_WAIT_S
+        if self.stop_now or not self.fits(near):
+            return  # the close is the next entry
         self._beat_s = now_s
-        next_s = BEAT_S + self.bounds.step.upper_s() + self.bounds.save.upper_s()
-        try:
-            held = self._open.heartbeat(self.meter.attempt(), steps=self.done, next_s=next_s)
-        except OutlayError as error:  # a full disk is no reason to end a training
-            if not self._warned:
-                self._say(f"outlay: the ledger was not written: {error.message()}")
-            self._warned = True
-            return
-        if not held:
+        if not self._account.beat(self.meter.attempt(), self.done, self.bounds):
             self._say("outlay: the reservation in the ledger is gone: stopping")
             self.why = self.why or "ledger"
 
@@ -276,7 +307,17 @@ class Guard:
         left_s = self.meter.remaining_s()
         kept = left_s is None or left_s >= 0
         saved = "saved and stopped" if self._saved_at == self.done else "stopped, not saved,"
-        return f"{saved} {'within' if kept else 'above'} {self.meter.limit_text()}"
+        text = f"{saved} {'within' if kept else 'above'} {self.meter.limit_text()}"
+        save_s = format_seconds(self.bounds.save.upper_s())
+        if self._saved_at == self.done:
+            return text + self._kept_text
+        if self._saved_at >= 0:
+            text += f"; the last save is of step {self._saved_at:,}"
+        if self._misfit:
+            text += f"; another, of up to {save_s}, did not fit"
+        elif not self.bounds.save.measured and self.bounds.save.upper_s() > 0:
+            text += f"; {save_s} of it were kept for a save, and none was made (save_s=0: none is)"
+        return text
 
     def close(self) -> Report:
         """The end: the last entry in the ledger, and the report (also as text on stderr)."""
@@ -302,97 +343,21 @@ class Guard:
             predicted_step_s=self._predicted,
             forecast=self._forecast,
             saved=self._saved_at == self.done,
+            saved_step=None if self._saved_at < 0 else self._saved_at,
         )
         atexit.unregister(self.close)
-        self._book(self._closed)
+        left_s = self.meter.remaining_s()
+        self._account.close(self.meter.attempt(), self._closed, self.bounds, left_s)
+        self._say(self._closed.text())
         if self._report_path is not None:
             write_text(self._report_path, to_json(self._closed))
-        self._say(self._closed.text())
         return self._closed
-
-    def _book(self, report: Report) -> None:
-        if self._open is None or self._ledger is None:
-            return
-        used = self.meter.attempt()
-        try:
-            self._open.close_run(used, state=report.state, reason=report.reason, steps=report.steps)
-            self._ledger.close()
-        except OutlayError as error:
-            self._say(f"outlay: the ledger was not written: {error.message()}")
 
     def __enter__(self) -> Guard:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-_NOTHING = Spent(wall_s=0.0, cost_usd=0.0, gpu_hours=0.0, fraction=None)
-
-
-def parse_budgets(budget: str | Sequence[str], rate: str | Sequence[str]) -> tuple[Budget, ...]:
-    """A wrong one is told before anything is trained."""
-    rates = parse_rates(rate)
-    texts = [budget] if isinstance(budget, str) else budget
-    return tuple(Budget.parse(text, where="budget", rates=rates) for text in texts)
-
-
-def reshaper(
-    schedulers: Sequence[Any], steps: int | None, say: Callable[[str], None]
-) -> Reshaper | None:
-    """For the policy `anneal`; null, said, where these schedulers cannot end earlier than planned."""
-    from outlay.runner.reshape import Reshaper, unfit
-
-    why = "the number of steps is not known" if steps is None else unfit(schedulers)
-    if why is None and steps is not None:
-        return Reshaper(schedulers, steps)
-    say(
-        f"outlay: the learning rate cannot be made to end within the budget: {why}; "
-        "a training that is longer stops there, with the rate that it has then"
-    )
-    return None
-
-
-def _entry(
-    name: str,
-    user: str | None,
-    project: str | None,
-    tags: Sequence[str],
-    accelerators: int,
-    price: float | None,
-    total_s: tuple[float, float, float] | None,
-) -> Entry:
-    return Entry(
-        run=name,
-        user=user or Limits().user,
-        project=project,
-        tags=tuple(tags),
-        tool="guard",
-        machine=platform.node(),
-        accelerators=accelerators,
-        price_usd_per_h=price,
-        price_source=None if price is None else "price_usd_per_h",
-        predicted_s=total_s,
-        predicted_usd=None if price is None or total_s is None else price * total_s[1] / 3600,
-    )
-
-
-def _of_plan(
-    plan: str | Path | None, price_usd_per_h: float | None
-) -> tuple[float | None, tuple[float, float, float] | None, tuple[float, float, float] | None]:
-    """(price, predicted seconds a step, predicted seconds of all steps)."""
-    if plan is None:
-        return price_usd_per_h, None, None
-    from outlay.planner.planning import read_plan
-
-    found = read_plan(str(plan))
-    step = found.estimate.get("step") or {}
-    price = found.cluster.price_usd_per_h if price_usd_per_h is None else price_usd_per_h
-    if step.get("time_s") is None:
-        return price, None, None
-    low, mid, high = (float(step[key]) for key in ("low_s", "time_s", "high_s"))
-    steps = found.job.steps
-    return price, (low, mid, high), (low * steps, mid * steps, high * steps)
 
 
 def hf_callback(budget: str | Sequence[str] = (), **options: Any) -> TrainerCallback:

@@ -12,8 +12,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from outlay.profiles.errors import UsageError
-from outlay.runner.budget import Bounds, measure_write_rate
-from outlay.runner.callback import Guard, Report, parse_budgets, reshaper
+from outlay.runner.callback import Guard
+from outlay.runner.callback_report import Report
+from outlay.runner.callback_start import check_known, expected_save, parse_budgets, reshaper
 from outlay.runner.reshape import Reshaper
 
 
@@ -22,6 +23,7 @@ class BudgetCallback(Callback):
 
     def __init__(self, budget: str | Sequence[str] = (), *, save_to: Path, **options: Any) -> None:
         parse_budgets(budget, options.get("rate", ()))
+        check_known(options, Guard)
         self._clock: Callable[[], float] = options.get("clock", time.monotonic)
         self._budget, self._options, self._save_to = budget, options, save_to
         self.guard: Guard | None = None
@@ -38,6 +40,7 @@ class BudgetCallback(Callback):
                 where="lightning.Trainer",
                 do=f"leave out {' and '.join(given)}",
             )
+        self.report = None
         self._step = self._first_step = trainer.global_step
         all_steps = trainer.estimated_stepping_batches
         steps = None if math.isinf(all_steps) else int(all_steps) - trainer.global_step
@@ -49,15 +52,10 @@ class BudgetCallback(Callback):
         if not trainer.is_global_zero:
             return
         options = {"accelerators": trainer.world_size, **options}
+        if options.get("save_s") is None:
+            parameters = sum(p.numel() for p in pl_module.parameters())
+            options |= expected_save(self._save_to.parent, parameters)
         self.guard = Guard(self._budget, steps=steps, **options)
-        self._save_to.parent.mkdir(parents=True, exist_ok=True)
-        written = Bounds(
-            step_guess_s=0.0,
-            parameters=sum(p.numel() for p in pl_module.parameters()),
-            write_bytes_per_s=measure_write_rate(self._save_to.parent),
-        )
-        self.guard.bounds.save.guess(written.save.upper_s())
-        self.guard.resumed()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -65,31 +63,43 @@ class BudgetCallback(Callback):
         if trainer.global_step == self._step:
             return  # gradients are accumulated: no step yet
         self._step = trainer.global_step
-        save = stop = drop_validation = False
+        save = stop = False
         end = 0
         if self.guard is not None:
-            self._expect_validation(trainer)
-            save = self.guard.look()
-            stop, end = self.guard.stop_now, self.guard.total_steps
+            self._expect_end(trainer)
+            self.guard.look()
+            save, stop, end = self.guard.save_now, self.guard.stop_now, self.guard.total_steps
         save, stop, end = trainer.strategy.broadcast((save, stop, end))
         if self._reshaper is not None:
             self._reshaper.retarget(self._step - self._first_step, end)
-        if save or stop:
+        if save:
             self._save(trainer)
-        if not stop:
-            return
-        trainer.should_stop = True
-        if self.guard is not None:
-            # Lightning validates once more when it is told to stop
-            drop_validation = not self.guard.meter.affords(self.guard.bounds.evaluate.upper_s())
-        if trainer.strategy.broadcast(drop_validation):
-            trainer.limit_val_batches = 0.0
+        if stop:
+            trainer.should_stop = True
+            self._drop_what_does_not_fit(trainer)
 
-    def _expect_validation(self, trainer: Trainer) -> None:
-        """Of the end: the validation, and one more save by each checkpoint callback."""
+    def _drop_what_does_not_fit(self, trainer: Trainer) -> None:
+        """Told to stop, Lightning validates once more, and its checkpoint callbacks save."""
+        drop_saves = drop_validation = False
+        if self.guard is not None:
+            saves_s = _saves(trainer) * self.guard.bounds.save.upper_s()
+            drop_saves = not self.guard.fits(saves_s)
+            kept_s = 0.0 if drop_saves else saves_s
+            drop_validation = not self.guard.fits(self.guard.bounds.evaluate.upper_s() + kept_s)
+        drop_saves, drop_validation = trainer.strategy.broadcast((drop_saves, drop_validation))
+        if drop_validation:
+            trainer.limit_val_batches = 0.0
+        if drop_saves:
+            for callback in trainer.checkpoint_callbacks:
+                # they save a step once: by this field of theirs they know which it was
+                callback._last_global_step_saved = trainer.global_step  # type: ignore[attr-defined]
+
+    def _expect_end(self, trainer: Trainer) -> None:
+        """The validation, and the saves of each checkpoint callback: just before the end, or, where
+        they still fit then, at the end."""
         assert self.guard is not None
         bounds = self.guard.bounds
-        bounds.export.guess(len(trainer.checkpoint_callbacks) * bounds.save.upper_s())
+        bounds.export.guess(_saves(trainer) * bounds.save.upper_s())
         if bounds.evaluate.measured or not bounds.step.measured or not trainer.enable_validation:
             return
         batches = sum(trainer.num_val_batches)
@@ -120,6 +130,11 @@ class BudgetCallback(Callback):
     ) -> None:
         if self.guard is not None:
             self.report = self.guard.close()
+
+
+def _saves(trainer: Trainer) -> int:
+    """Files that the checkpoint callbacks write when they save."""
+    return sum(1 + (getattr(c, "save_last", None) is True) for c in trainer.checkpoint_callbacks)
 
 
 def _reshaper(trainer: Trainer, steps: int | None, say: Callable[[str], None]) -> Reshaper | None:

@@ -31,7 +31,9 @@ class Report:
     forecast: Forecast | None
     """Of the whole run's wall time, at 20 % of the steps; null = the number of steps is not known."""
     saved: bool
-    """The last step is in a checkpoint."""
+    """The last step is in a checkpoint that the guard knows of."""
+    saved_step: int | None = None
+    """Of this process, the last that is in one; null = none is."""
     schema: str = SCHEMA_REPORT
 
     def text(self) -> str:
@@ -50,6 +52,7 @@ class Report:
                 f"  forecast at {FORECAST_AT:.0%} of the steps, for all: {mid} ({low} to {high}); "
                 f"used {format_seconds(self.spent.wall_s)}"
             )
+        lines.append("  metered until here: what this process does from now on is not counted")
         return "\n".join(lines)
 
 

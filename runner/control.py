@@ -27,6 +27,8 @@ ASK_AFTER = 20
 """Steps before anybody is asked about a forecast."""
 MOVED = 0.1
 """Of the end that was told last: when it has moved by more, it is told again."""
+TOLD_EVERY = 0.05
+"""Of the budget: where the speed jumps about, not more often."""
 ANSWERS: tuple[Policy, ...] = ("anneal", "cut", "stop")
 """To the question of the policy `ask`."""
 
@@ -61,7 +63,7 @@ class Controller:
         self.speed = Speed(skip=skip)
         used = meter.spent().fraction or 0.0
         self._warn_at = [part for part in WARN_AT if part > used]
-        self._told_end = steps
+        self._told_end, self._told_at = steps, -1.0
         self.asking = False
         """A question is open."""
         self._stop_now = False
@@ -167,10 +169,11 @@ class Controller:
         lines = []
         if due:
             lines.append(f"{due[-1]:.0%} of the budget is used: {self.forecast_text(step)}")
-        if abs(self.total_steps - self._told_end) > MOVED * self._told_end or (
+        moved = abs(self.total_steps - self._told_end) > MOVED * self._told_end or (
             self.total_steps < self.steps == self._told_end
-        ):
-            self._told_end = self.total_steps
+        )
+        if moved and used - self._told_at >= TOLD_EVERY:
+            self._told_end, self._told_at = self.total_steps, used
             lines.append(self._end_text(step))
         return lines
 

@@ -27,6 +27,7 @@ from outlay.runner.host import (
     ops_needed,
     prepare_environment,
 )
+from outlay.runner.known import least_work_s
 from outlay.runner.limits import Limits
 from outlay.runner.processes import EARLIER, STARTED, Ranks, Signals
 from outlay.runner.refusal import require_start
@@ -66,20 +67,23 @@ def run_plan(
         if limits is None:  # a wall time is of one start alone
             limits = replace(folder.read_limits(), walltime_s=None)
         spent = earlier.spent(plan.cluster.price_usd_per_h, plan.cluster.ranks)
-        _affordable(plan, limits, spent, started_s=started_s, earlier=earlier)
+        _affordable(plan, limits, spent, started_s=started_s, earlier=earlier, folder=folder)
         checkpoint, rejected = _newest(folder, plan) if resume else (None, [])
         spent = _more(spent, checkpoint)
         _prepare_data(plan, folder)
         environment = rank_environment(plan)
         swap.make_room(plan, folder.root)
-        _affordable(plan, limits, spent, started_s=started_s, earlier=earlier)
-        booking = book(plan, limits, folder.root, spent)
+        _affordable(plan, limits, spent, started_s=started_s, earlier=earlier, folder=folder)
+        elapsed_s = time.monotonic() - started_s
+        booking = book(plan, limits, folder.root, spent, elapsed_s=elapsed_s)
         used, state = spent_at(0.0, 0.0, plan.cluster.ranks), "refused"
         meter: Meter | None = None
         try:
             limits = replace(limits, drawn=booking.drawn(spent))
             # others may have drawn on the project meanwhile
-            meter = _checked(plan, limits, spent, started_s=started_s, earlier=earlier)
+            meter = _checked(
+                plan, limits, spent, started_s=started_s, earlier=earlier, folder=folder
+            )
             return _attempt(
                 plan,
                 folder,
@@ -101,18 +105,30 @@ def run_plan(
 
 
 def _affordable(
-    plan: Plan, limits: Limits, spent: Spent, *, started_s: float, earlier: Attempts
+    plan: Plan,
+    limits: Limits,
+    spent: Spent,
+    *,
+    started_s: float,
+    earlier: Attempts,
+    folder: RunFolder,
 ) -> None:
     """Refuse what the run's own limits, or its project's as they stand now, do not let start."""
     limits = replace(limits, drawn=allowed(plan, limits, spent))
-    _checked(plan, limits, spent, started_s=started_s, earlier=earlier)
+    _checked(plan, limits, spent, started_s=started_s, earlier=earlier, folder=folder)
 
 
 def _checked(
-    plan: Plan, limits: Limits, spent: Spent, *, started_s: float, earlier: Attempts
+    plan: Plan,
+    limits: Limits,
+    spent: Spent,
+    *,
+    started_s: float,
+    earlier: Attempts,
+    folder: RunFolder,
 ) -> Meter:
     meter = open_meter(plan, limits, started_s=started_s, earlier=earlier, spent=spent)
-    least_s, source = _startup(earlier)
+    least_s, source = _startup(earlier, folder)
     require_start(meter, least_s, source=source, walltime_s=limits.walltime_s)
     return meter
 
@@ -170,11 +186,12 @@ def _accelerator(plan: Plan) -> AcceleratorKind:
     return "cuda" if plan.cluster.kind == "gpu" else "cpu"
 
 
-def _startup(earlier: Attempts) -> tuple[float, str]:
-    """(least seconds until the first step, where the figure is from)."""
+def _startup(earlier: Attempts, folder: RunFolder) -> tuple[float, str]:
+    """(least seconds for the start and, where they were measured, a step and a save; from what)."""
     measured = [a.ready_s for a in earlier.attempts if a.ready_s is not None]
     if measured:
-        return 0.8 * min(measured), "80 % of the fastest earlier start of this run"
+        least_s = 0.8 * (min(measured) + least_work_s(folder.events))
+        return least_s, "80 % of the fastest start, step and save of this run so far"
     return OPTIMISTIC_STARTUP_S, "assumed; this run was not started before"
 
 

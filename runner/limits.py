@@ -58,6 +58,8 @@ class Limits:
                 raise UsageError(f"{value:g} makes no sense", where=flag, do="give more than 0")
         if self.pue is not None and not 1 <= self.pue < 10:
             raise UsageError(f"{self.pue:g} makes no sense", where="--pue", why="it is at least 1")
+        if self.ledger is not None and not self.ledger.strip():
+            raise UsageError("no file is named", where="--ledger", do="give its path, or `off`")
         if not 0 <= self.minimum_s < math.inf:
             raise UsageError(f"{self.minimum_s:g} s makes no sense", where="--minimum-billing")
 

@@ -126,7 +126,9 @@ def reconcile(
         cost_column=cost_column,
         asked=period.asked(start, until),
     )
-    attempts = period.within(report.attempts(_opened(file)), billed.period or period.Period())
+    attempts = period.within(
+        report.attempts(_opened(file)), billed.period or period.Period(), months=keys == ["month"]
+    )
     sums = report.by_keys(attempts, keys)
     booked = {str(row[keys[0]]) if keys else "": row["cost_usd"] for row in sums}
     rows = [

@@ -7,12 +7,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from outlay.profiles.errors import FileError
-from outlay.runner.ledger.period import Period, of_row, spanned
+from outlay.runner.ledger.period import Period, of_row, parse_time, spanned
 from outlay.runner.ledger.store import Ledger, insert
 
 COST_COLUMNS = ("cost_usd", "BilledCost", "lineItem/UnblendedCost", "Cost", "cost", "amount")
@@ -25,6 +24,10 @@ ENDED = (
     *DONE, "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
 )  # fmt: skip
 """States of jobs that use nothing more."""
+NO_VALUE = float(2**64 - 2)
+"""Slurm writes it for what it does not know."""
+MOST_S, MOST_J, MOST_GPUS = 100 * 366 * 86400.0, 1e15, 1_000_000
+"""A century, 280 GWh, a million: more is not a job but a broken line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +136,11 @@ def reconcile(billed: dict[str, float], booked: dict[str, float | None]) -> list
 
 
 def gpus_of(tres: str) -> int:
-    """`billing=8,cpu=8,gres/gpu=2,gres/gpu:a100=2,mem=64G` → 2."""
-    found = re.search(r"(?:^|,)gres/gpu=(\d+)", tres) or re.search(r"gres/gpu:[^=,]+=(\d+)", tres)
-    return int(found.group(1)) if found else 0
+    """`billing=8,cpu=8,gres/gpu=2,gres/gpu:a100=2,mem=64G` → 2; `gres/gpu:a100=4,gres/gpu:h100=2` → 6."""
+    whole = re.search(r"(?:^|,)gres/gpu=(\d+)", tres)
+    if whole:
+        return int(whole.group(1))
+    return sum(int(count) for count in re.findall(r"(?:^|,)gres/gpu:[^=,]+=(\d+)", tres))
 
 
 def import_sacct(ledger: Ledger, path: Path, *, usd_per_gpu_h: float | None) -> tuple[int, int]:
@@ -150,6 +155,10 @@ def import_sacct(ledger: Ledger, path: Path, *, usd_per_gpu_h: float | None) -> 
     for where, row in rows:
         job = row["JobID"].partition(".")[0]
         used = _number(row.get("ConsumedEnergyRaw", ""), f"{where}: ConsumedEnergyRaw")
+        if used == NO_VALUE:
+            used = 0.0
+        if not 0 <= used < MOST_J:
+            raise FileError(f"{used:g} J cannot be", where=f"{where}: ConsumedEnergyRaw")
         energy_j[job] = max(energy_j.get(job, 0.0), used)
     new = passed = 0
     with ledger.change() as db:
@@ -172,14 +181,13 @@ def _attempt(
 ) -> dict[str, Any]:
     """A job's allocation as a row of the ledger. Its time in the queue is not in ElapsedRaw."""
     wall_s = _number(row["ElapsedRaw"], f"{where}: ElapsedRaw")
-    if wall_s < 0:
+    if not 0 <= wall_s < MOST_S:
         raise FileError(f"{wall_s:g} s cannot be", where=f"{where}: ElapsedRaw")
     if row["Start"] not in ("Unknown", "None", ""):
-        try:
-            datetime.fromisoformat(row["Start"])
-        except ValueError:
-            raise FileError(f"{row['Start']!r} is not a time", where=f"{where}: Start") from None
+        parse_time(row["Start"], f"{where}: Start")
     gpus = gpus_of(row.get("AllocTRES", ""))
+    if gpus > MOST_GPUS:
+        raise FileError(f"{gpus} GPUs cannot be", where=f"{where}: AllocTRES")
     price = None if usd_per_gpu_h is None else usd_per_gpu_h * gpus
     state = row["State"].split()[0] if row["State"].split() else ""
     return {

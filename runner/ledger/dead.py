@@ -52,7 +52,7 @@ def _charge_dead(db: sqlite3.Connection, row: sqlite3.Row, silent_s: float) -> N
         (
             *(getattr(charged, name) for name in SPENT),
             utc_now(),
-            f"its process died; up to {silent_s:.3g} s after its last heartbeat are charged",
+            f"its process died; up to {silent_s:.3g} s after its last entry are charged",
             row["id"],
         ),
     )
@@ -60,14 +60,28 @@ def _charge_dead(db: sqlite3.Connection, row: sqlite3.Row, silent_s: float) -> N
 
 
 def _after(spent: Spent, more_s: float, row: sqlite3.Row) -> Spent:
-    price, factor = row["price_usd_per_h"], more_s / max(spent.wall_s, 1.0)
+    """Time that the shortest bill holds already costs nothing more. Energy at the highest power that
+    was known at the start, or else as it was used before."""
+    wall_s, price = spent.wall_s + more_s, row["price_usd_per_h"]
+    billed_s = max(0.0, wall_s - max(spent.wall_s, row["minimum_s"]))
+    factor, kwh, kg = more_s / max(spent.wall_s, 1.0), spent.energy_kwh, spent.co2e_kg
+    if row["upper_kw"] is not None:
+        more_kwh = row["upper_kw"] * more_s / 3600
+        kwh = (kwh or 0.0) + more_kwh
+        if row["kgco2e_per_kwh"] is not None:
+            kg = (kg or 0.0) + more_kwh * row["kgco2e_per_kwh"]
+    else:
+        kwh = None if kwh is None else kwh * (1 + factor)
+        kg = None if kg is None else kg * (1 + factor)
     return replace(
         spent,
-        wall_s=spent.wall_s + more_s,
-        cost_usd=spent.cost_usd if price is None else (spent.cost_usd or 0) + price * more_s / 3600,
+        wall_s=wall_s,
+        cost_usd=spent.cost_usd
+        if price is None
+        else (spent.cost_usd or 0) + price * billed_s / 3600,
         gpu_hours=spent.gpu_hours + row["accelerators"] * more_s / 3600,
-        energy_kwh=None if spent.energy_kwh is None else spent.energy_kwh * (1 + factor),
-        co2e_kg=None if spent.co2e_kg is None else spent.co2e_kg * (1 + factor),
+        energy_kwh=kwh,
+        co2e_kg=kg,
     )
 
 

@@ -18,6 +18,8 @@ COLUMNS = (
     ("start", "end"),
 )
 """Start and end of what a line charges, the first pair that is there: FOCUS, AWS, ours, others."""
+YEARS = range(1980, 2200)
+"""In which something was rented."""
 _AMOUNTS = ("wall_s", "cost_usd", "gpu_hours", "energy_kwh", "co2e_kg")
 
 
@@ -48,6 +50,15 @@ class Period:
         except UsageError:  # the other lies wholly outside
             return self
 
+    def within(self, other: Period) -> Period | None:
+        """What both hold; null where that is nothing."""
+        starts = [t for t in (self.start, other.start) if t is not None]
+        ends = [t for t in (self.end, other.end) if t is not None]
+        start, end = max(starts, default=None), min(ends, default=None)
+        if start is not None and end is not None and start >= end:
+            return None
+        return Period(start=start, end=end)
+
     def holds(self, moment: datetime) -> bool:
         return (self.start is None or self.start <= moment) and (
             self.end is None or moment < self.end
@@ -71,6 +82,10 @@ def parse_time(text: str, where: str) -> datetime:
         raise FileError(
             f"{text!r} is not a date", where=where, do="give it as in 2026-11-24 or with a time"
         ) from None
+    if found.year not in YEARS:
+        raise FileError(
+            f"{text!r} cannot be meant", where=where, why=f"the year {found.year} is far away"
+        )
     return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
@@ -103,15 +118,39 @@ def spanned(found: Iterable[tuple[datetime, datetime]]) -> Period | None:
     return Period(start=start, end=end if end > start else start + timedelta(days=1))
 
 
-def within(rows: Sequence[dict[str, Any]], period: Period) -> list[dict[str, Any]]:
-    """Attempts of the ledger, each with the part of its amounts that the period's share of its time has."""
+def within(
+    rows: Sequence[dict[str, Any]], period: Period, *, months: bool = False
+) -> list[dict[str, Any]]:
+    """Attempts of the ledger, each with the part of its amounts that the period's share of its time has,
+    and as started where that part begins. With `months` a part for each month (UTC) that it ran in."""
     parts = []
     for row in rows:
         if not row["started_at"] or row["started_at"] in ("Unknown", "None"):
             continue  # a job of Slurm that never began: it has used nothing
         began = parse_time(row["started_at"], f"the ledger's {row['run']}")
-        share = period.share(began, began + timedelta(seconds=row["wall_s"] or 0.0))
-        if share > 0:
-            scaled = {k: None if row[k] is None else row[k] * share for k in _AMOUNTS}
-            parts.append({**row, **scaled})
+        try:
+            ended = began + timedelta(seconds=row["wall_s"] or 0.0)
+        except OverflowError:
+            raise FileError(
+                f"{row['wall_s']:g} s from {row['started_at']} cannot be",
+                where=f"the ledger's {row['run']}",
+            ) from None
+        for part in _months(began, ended) if months else [Period()]:
+            if (both := part.within(period)) is None:
+                continue
+            share = both.share(began, ended)
+            if share > 0:
+                scaled = {k: None if row[k] is None else row[k] * share for k in _AMOUNTS}
+                first = began if both.start is None else max(began, both.start)
+                parts.append({**row, **scaled, "started_at": first.isoformat()})
     return parts
+
+
+def _months(began: datetime, ended: datetime) -> list[Period]:
+    """From the one that something began in to the one that it ended in."""
+    found, first = [], began.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    while first <= ended:
+        following = (first + timedelta(days=32)).replace(day=1)
+        found.append(Period(start=first, end=following))
+        first = following
+    return found

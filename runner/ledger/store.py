@@ -15,101 +15,30 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from outlay.planner.spec.job import Budget, BudgetKind
 from outlay.profiles.errors import FileError, NotFeasible, OutlayError, UsageError
+from outlay.runner.amounts import in_unit
 from outlay.runner.budget import Spent
 from outlay.runner.events import utc_now
 from outlay.runner.ledger.dead import SPENT, bury
+from outlay.runner.ledger.entry import NOT_KNOWN, Entry, Took, Total, Want
 from outlay.runner.ledger.lease import LEASE_S, this_process
+from outlay.runner.ledger.schema import COLUMN, is_current, prepare
 
 VARIABLE = "OUTLAY_LEDGER"
-VERSION = 1
-"""PRAGMA user_version; a newer file is refused, not guessed at."""
 WAIT_S = 10.0
 """For other processes to finish writing, before a run begins."""
 BEAT_WAIT_S, CLOSE_WAIT_S = 1.0, 3.0
 """The same while a run is metered, and at its end: a ledger that somebody holds must not cost money."""
 
-SCHEMA = """
-CREATE TABLE budgets (project TEXT, kind TEXT, amount REAL NOT NULL, PRIMARY KEY (project, kind));
-CREATE TABLE runs (
-  id TEXT PRIMARY KEY, tool TEXT NOT NULL, created_at TEXT NOT NULL, predicted_low_s REAL,
-  predicted_s REAL, predicted_high_s REAL, predicted_usd REAL);
-CREATE TABLE attempts (
-  id INTEGER PRIMARY KEY, run TEXT NOT NULL REFERENCES runs (id), user TEXT NOT NULL, project TEXT,
-  tags TEXT NOT NULL, started_at TEXT NOT NULL, ended_at TEXT, state TEXT NOT NULL, reason TEXT,
-  machine TEXT NOT NULL, accelerator TEXT,
-  accelerators INTEGER NOT NULL, price_usd_per_h REAL, price_source TEXT, steps INTEGER,
-  wall_s REAL NOT NULL, cost_usd REAL, gpu_hours REAL NOT NULL, energy_kwh REAL, co2e_kg REAL,
-  space TEXT, pid INTEGER, ticks INTEGER, beats INTEGER NOT NULL, beat_s REAL NOT NULL,
-  next_s REAL NOT NULL, watch TEXT);
-CREATE INDEX attempts_of_run ON attempts (run);
-CREATE INDEX attempts_by_state ON attempts (state);
-CREATE TABLE reservations (
-  attempt INTEGER REFERENCES attempts (id), kind TEXT, amount REAL NOT NULL,
-  PRIMARY KEY (attempt, kind));
-"""
-COLUMN = {
-    "money": "a.cost_usd",
-    "hours": "a.wall_s / 3600",
-    "gpu_hours": "a.gpu_hours",
-    "energy": "a.energy_kwh",
-    "carbon": "a.co2e_kg",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What is known of an attempt when it starts."""
-
-    run: str
-    """The same for all attempts of one run: its folder, or a name."""
-    user: str
-    project: str | None = None
-    tags: tuple[str, ...] = ()
-    tool: str = "run"
-    machine: str
-    accelerator: str | None = None
-    accelerators: int = 1
-    price_usd_per_h: float | None = None
-    price_source: str | None = None
-    predicted_s: tuple[float, float, float] | None = None
-    """Low, expected, high of the whole run."""
-    predicted_usd: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Want:
-    """What an attempt asks of one budget of its project."""
-
-    kind: BudgetKind
-    amount: float | None
-    """Null = all that is left."""
-    least: float = 0.0
-    """Less is refused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Total:
-    """How a project budget stands."""
-
-    budget: Budget
-    charged: float
-    """Spent and reserved, in the unit of the budget."""
-    spent: float
-    alive: int
-    """Attempts that hold a reservation now."""
-
-    @property
-    def left(self) -> float:
-        return max(0.0, self.budget.amount - self.charged)
-
 
 def ledger_path(given: str | None = None) -> Path | None:
     """The file that is meant; None where the ledger is switched off."""
+    if given is not None and not given.strip():
+        raise UsageError("no file is named", where="--ledger", do="give its path, or `off`")
     text = given or os.environ.get(VARIABLE, "")
     if text.lower() == "off":
         return None
@@ -123,60 +52,48 @@ class Ledger:
     """One file, shared by all processes of a machine. Not for network file systems: SQLite's WAL
     needs memory that its users share."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, within_s: float | None = None) -> None:
+        """`within_s`: for all transactions from now on together, but those that say how long."""
         self.path = path
+        self._until_s = None if within_s is None else time.monotonic() + within_s
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=self._wait_s(), isolation_level=None)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
-            self._prepare()
+            if not is_current(self._db):
+                with self.change() as db:
+                    prepare(db, path)
         except (sqlite3.Error, OSError) as error:
             raise self._failed(error) from error
 
     @classmethod
-    def opened(cls, given: str | None = None) -> Ledger | None:
+    def opened(cls, given: str | None = None, *, within_s: float | None = None) -> Ledger | None:
         """The ledger of this user, or the given file; None where it is `off`."""
         path = ledger_path(given)
-        return None if path is None else cls(path)
+        return None if path is None else cls(path, within_s=within_s)
 
-    def _prepare(self) -> None:
-        with self.change() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
-            if version == VERSION and {"budgets", "runs", "attempts", "reservations"} <= tables:
-                return
-            if version > VERSION:
-                raise FileError(
-                    f"a newer outlay wrote this ledger (version {version}, known: {VERSION})",
-                    where=str(self.path),
-                    do="upgrade outlay, or set OUTLAY_LEDGER to another file",
-                )
-            if tables:
-                raise FileError(
-                    "this is a database of something else",
-                    where=str(self.path),
-                    do="give another file",
-                )
-            # not executescript: it would commit, and leave half a schema to whoever comes next
-            for statement in SCHEMA.split(";\n"):
-                if statement.strip():
-                    db.execute(statement)
-            db.execute(f"PRAGMA user_version={VERSION}")
+    def _wait_s(self) -> float:
+        """For other processes to finish writing."""
+        return WAIT_S if self._until_s is None else max(0.05, self._until_s - time.monotonic())
 
     def _failed(self, error: Exception) -> OutlayError:
         kind = FileError if "not a database" in str(error) else OutlayError
+        other = "set OUTLAY_LEDGER to another file, or to off"
         return kind(
             "the ledger cannot be used",
             where=str(self.path),
             why=str(error),
-            do="set OUTLAY_LEDGER to another file, or to off",
+            do=f"wait for the process that holds it, or {other}"
+            if "locked" in str(error)
+            else other,
         )
 
     @contextmanager
-    def change(self, wait_s: float = WAIT_S) -> Iterator[sqlite3.Connection]:
+    def change(self, wait_s: float | None = None) -> Iterator[sqlite3.Connection]:
         """A transaction that no other process' can come between; fails where others write for so long."""
+        wait_s = self._wait_s() if wait_s is None else wait_s
         try:
             self._db.execute(f"PRAGMA busy_timeout={round(1000 * wait_s)}")
             self._db.execute("BEGIN IMMEDIATE")
@@ -240,6 +157,49 @@ class Ledger:
             co2e_kg=kg,
         )
 
+    def took(self, run: str) -> Took:
+        """By the latest attempt of a run that measured it."""
+        latest = (
+            self.rows(
+                f"SELECT {name} FROM attempts WHERE run = ? AND {name} IS NOT NULL "
+                "ORDER BY id DESC LIMIT 1",
+                run,
+            )
+            for name in ("step_s", "save_s")
+        )
+        step, save = (rows[0][0] if rows else None for rows in latest)
+        return Took(step_s=step, save_s=save)
+
+    def agree(self, run: str, noted: Spent) -> None:
+        """Bring the last attempt of a run, if its process died, to what the run's folder noted.
+
+        A folder is written more often than the ledger, and charges what may have followed its last
+        note, as the ledger does: of two upper bounds it is the closer one."""
+        with self.change() as db:
+            bury(db)
+            last = db.execute(
+                "SELECT * FROM attempts WHERE run = ? ORDER BY id DESC LIMIT 1", (run,)
+            ).fetchone()
+            if last is None or last["state"] != "lost":
+                return
+            for name in SPENT:
+                amount = getattr(noted, name)
+                if amount is None:
+                    continue
+                rest = db.execute(
+                    f"SELECT coalesce(sum({name}), 0) FROM attempts WHERE run = ? AND id <> ?",
+                    (run, last["id"]),
+                ).fetchone()[0]
+                db.execute(
+                    f"UPDATE attempts SET {name} = ? WHERE id = ?",
+                    (max(0.0, amount - rest), last["id"]),
+                )
+            db.execute(
+                "UPDATE attempts SET reason = 'its process died; charged as its folder noted' "
+                "WHERE id = ?",
+                (last["id"],),
+            )
+
     def open_run(self, entry: Entry, *, wants: Sequence[Want] = ()) -> OpenRun:
         """Enter an attempt of this process, and in the same transaction what it draws on its
         project's budgets; refused (NotFeasible) if there is too little left, and nothing entered."""
@@ -257,9 +217,10 @@ class Ledger:
                 run=entry.run, user=entry.user, project=entry.project, tags=json.dumps(entry.tags),
                 started_at=utc_now(), state="running", machine=entry.machine,
                 accelerator=entry.accelerator, accelerators=entry.accelerators,
-                price_usd_per_h=entry.price_usd_per_h, price_source=entry.price_source, wall_s=0.0,
-                gpu_hours=0.0, space=owner.space, pid=owner.pid, ticks=owner.ticks, beats=0,
-                beat_s=time.monotonic(), next_s=LEASE_S,
+                price_usd_per_h=entry.price_usd_per_h, price_source=entry.price_source,
+                minimum_s=entry.minimum_s, upper_kw=entry.upper_kw,
+                kgco2e_per_kwh=entry.kgco2e_per_kwh, space=owner.space, pid=owner.pid,
+                ticks=owner.ticks, beats=0, beat_s=time.monotonic(), next_s=LEASE_S, **entry.known(),
             )  # fmt: skip
             run = OpenRun(self, attempt, entry)
             for want in wants:
@@ -299,8 +260,15 @@ class OpenRun:
         total = _total(db, row["project"], _budget(row))
         free = own + total.left
         amount = free if want.amount is None else min(want.amount, free)
+        if want.amount is not None and want.amount <= own < free:
+            budget = _budget(row)
+            raise NotFeasible(
+                f"nothing is left of the run's own {in_unit(budget, want.amount)}",
+                why=f"{in_unit(budget, own)} are used by its start, the shortest bill included",
+                do="raise the run's budget",
+            )
         if amount < want.least or amount <= own:
-            raise _too_little(row["project"], total, kind, max(want.least, own))
+            raise _too_little(row["project"], total, max(want.least, own))
         db.execute("INSERT INTO reservations VALUES (?, ?, ?)", (self.attempt, kind, amount))
         self.reserved[kind] = amount
         return amount
@@ -309,14 +277,33 @@ class OpenRun:
         query = f"SELECT {COLUMN[kind]} FROM attempts a WHERE id = ?"
         return db.execute(query, (self.attempt,)).fetchone()[0] or 0.0
 
-    def heartbeat(self, spent: Spent, *, steps: int | None = None, next_s: float = LEASE_S) -> bool:
+    def withdraw(self) -> None:
+        """It never began: as if it had not been entered."""
+        with self._ledger.change(CLOSE_WAIT_S) as db:
+            db.execute("DELETE FROM reservations WHERE attempt = ?", (self.attempt,))
+            db.execute("DELETE FROM attempts WHERE id = ?", (self.attempt,))
+            db.execute(
+                "DELETE FROM runs WHERE id = ?1 AND NOT EXISTS "
+                "(SELECT 1 FROM attempts WHERE run = ?1)",
+                (self.entry.run,),
+            )
+
+    def heartbeat(
+        self,
+        spent: Spent,
+        *,
+        steps: int | None = None,
+        next_s: float = LEASE_S,
+        took: Took = NOT_KNOWN,
+        wait_s: float | None = None,
+    ) -> bool:
         """Note what this attempt has used so far. `next_s`: at most so long until the next one: it
         is charged should the process die. False = its reservation is gone, because it was silent for
         so long that it was taken for dead: stop, or reserve anew."""
-        with self._ledger.change(BEAT_WAIT_S) as db:
+        with self._ledger.change(BEAT_WAIT_S if wait_s is None else wait_s) as db:
             rows = db.execute("SELECT kind FROM reservations WHERE attempt = ?", (self.attempt,))
             held = self.reserved.keys() <= {row["kind"] for row in rows}
-            self._note(db, spent, steps)
+            self._note(db, spent, steps, took)
             db.execute(
                 "UPDATE attempts SET state = 'running', reason = NULL, ended_at = NULL, "
                 "beats = beats + 1, beat_s = ?, next_s = ? WHERE id = ?",
@@ -324,19 +311,33 @@ class OpenRun:
             )
         return held
 
-    def _note(self, db: sqlite3.Connection, spent: Spent, steps: int | None) -> None:
+    def _note(self, db: sqlite3.Connection, spent: Spent, steps: int | None, took: Took) -> None:
         sets = ", ".join(f"{name} = ?" for name in SPENT)
         db.execute(
-            f"UPDATE attempts SET {sets}, steps = coalesce(?, steps) WHERE id = ?",
-            (*(getattr(spent, name) for name in SPENT), steps, self.attempt),
+            f"UPDATE attempts SET {sets}, steps = coalesce(?, steps), "
+            "step_s = coalesce(?, step_s), save_s = coalesce(?, save_s) WHERE id = ?",
+            (
+                *(getattr(spent, name) for name in SPENT),
+                steps,
+                took.step_s,
+                took.save_s,
+                self.attempt,
+            ),
         )
 
     def close_run(
-        self, spent: Spent, *, state: str, reason: str = "", steps: int | None = None
+        self,
+        spent: Spent,
+        *,
+        state: str,
+        reason: str = "",
+        steps: int | None = None,
+        took: Took = NOT_KNOWN,
+        wait_s: float | None = None,
     ) -> None:
         """The final bill; what was reserved and not spent is free again."""
-        with self._ledger.change(CLOSE_WAIT_S) as db:
-            self._note(db, spent, steps)
+        with self._ledger.change(CLOSE_WAIT_S if wait_s is None else wait_s) as db:
+            self._note(db, spent, steps, took)
             db.execute("DELETE FROM reservations WHERE attempt = ?", (self.attempt,))
             db.execute(
                 "UPDATE attempts SET state = ?, reason = ?, ended_at = ? WHERE id = ?",
@@ -366,11 +367,12 @@ def _total(db: sqlite3.Connection, project: str, budget: Budget) -> Total:
     return Total(budget=budget, charged=charged, spent=spent, alive=alive)
 
 
-def _too_little(project: str, total: Total, kind: str, needed: float) -> NotFeasible:
+def _too_little(project: str, total: Total, needed: float) -> NotFeasible:
+    said = partial(in_unit, total.budget)
     return NotFeasible(
         f"project {project!r} has too little left of its budget of {total.budget}",
-        why=f"{total.spent:.6g} are spent, {max(0.0, total.charged - total.spent):.6g} reserved by "
-        f"{total.alive} runs that go on, {total.left:.6g} {kind} are free; "
-        f"more than {needed:.6g} are needed",
+        why=f"{said(total.spent)} are spent, {said(max(0.0, total.charged - total.spent))} reserved by "
+        f"{total.alive} runs that go on, {said(total.left)} are free"
+        + (f"; more than {said(needed)} are needed" if needed > 0 else ""),
         do=f"wait for them, or raise it: outlay ledger budget {project} AMOUNT",
     )

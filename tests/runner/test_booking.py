@@ -79,3 +79,35 @@ def test_a_run_without_a_project_goes_on_without_a_ledger(tmp_path) -> None:
     assert booking.beat(NOTHING, 1)
     assert booking.drawn(NOTHING) == ()
     assert book(plan_of(), Limits(ledger="off"), tmp_path, NOTHING).warning == ""
+
+
+def test_a_run_that_dies_at_once_is_charged_its_start_and_its_minimum(limits, tmp_path) -> None:
+    limits = dataclasses.replace(limits, minimum_s=600.0)
+    book(plan_of(), limits, tmp_path / "r", NOTHING, elapsed_s=5.0)
+    (row,) = Ledger(Path(limits.ledger)).rows("SELECT * FROM attempts")
+    assert (row["wall_s"], row["cost_usd"]) == (5.0, pytest.approx(0.6))
+    assert row["gpu_hours"] == pytest.approx(2 * 5.0 / 3600)
+
+
+def test_a_resume_brings_a_killed_attempt_to_what_its_folder_noted(limits, tmp_path) -> None:
+    book(plan_of(), limits, tmp_path / "r", NOTHING)
+    ledger = Ledger(Path(limits.ledger))
+    with ledger.change() as db:  # as if killed, a minute ago
+        db.execute("UPDATE attempts SET ticks = ticks + 1, beat_s = beat_s - 1000")
+    earlier = spent_at(20.0, 3.6, 2)
+    book(plan_of(), limits, tmp_path / "r", earlier)
+    spent = ledger.spent(str((tmp_path / "r").absolute()))
+    assert (spent.wall_s, spent.cost_usd) == (20.0, pytest.approx(0.02))
+
+
+def test_a_run_that_is_refused_after_all_leaves_nothing(limits, tmp_path) -> None:
+    booking = book(plan_of(), limits, tmp_path / "r", NOTHING)
+    booking.close(NOTHING, state="refused", reason="ended early", steps=0)
+    ledger = Ledger(Path(limits.ledger))
+    assert ledger.rows("SELECT * FROM runs") == ledger.rows("SELECT * FROM attempts") == []
+    assert ledger.totals("p")[0].left == 10.0
+
+
+def test_a_ledger_without_a_name_is_refused(tmp_path) -> None:
+    with pytest.raises(UsageError, match="no file is named"):
+        Limits(ledger=" ")

@@ -34,6 +34,8 @@ def guarded(clock: Clock, said: list[str] | None = None, **more: Any) -> Guard:
         "started_s": clock(),
         "say": (said if said is not None else []).append,
     }
+    if "save" not in more:
+        fields["save_s"] = 0.0  # the loop never saves
     return Guard(clock=clock, **fields | more)
 
 

@@ -70,6 +70,15 @@ def test_each_warning_comes_once_and_says_the_forecast() -> None:
     assert "the budget is 100.0 s" in half
 
 
+def test_a_speed_that_jumps_about_is_not_told_again_and_again() -> None:
+    control, clock = controller(1000.0, 10_000)
+    said: list[str] = []
+    for part in range(40):
+        said += drive(control, clock, 25, 0.2 if part % 2 else 1.5)
+    ends = [text for text in said if "the learning rate now ends within it" in text]
+    assert 3 <= len(ends) <= 20  # in 5 % of the budget once; before, with each turn of the speed
+
+
 def test_a_forecast_holds_the_truth_and_narrows() -> None:
     control, clock = controller(1e6, 1000)
     drive(control, clock, 100)

@@ -29,7 +29,7 @@ from outlay.runner import fit, launch
 from outlay.runner.data.corpus import standard_library_files
 from outlay.runner.data.dataset import TokenDataset
 from outlay.runner.data.prepare import prepare
-from outlay.runner.events import read_events
+from outlay.runner.events import EventLog, read_events
 from outlay.runner.folder import Attempt, Attempts, RunFolder
 from outlay.runner.launch import run_plan
 from outlay.runner.memory_probe import run_memory_probe
@@ -473,17 +473,23 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch) -> None:
         fit.check_software()
 
 
-def test_earlier_starts_say_how_long_a_start_takes_at_least() -> None:
+def test_earlier_starts_say_how_long_a_start_takes_at_least(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
     attempts = Attempts(
         attempts=(
             Attempt(started_at="", elapsed_s=60.0, ready_s=20.0, ended=True),
             Attempt(started_at="", elapsed_s=10.0),
         )
     )
-    assert launch._startup(attempts)[0] == pytest.approx(16.0)
+    assert launch._startup(attempts, folder)[0] == pytest.approx(16.0)
+    log = EventLog(folder.events, lambda: 0.0)
+    log.write("step", 1, step_s=1.0)
+    log.write("save", 1, save_s=4.0)
+    log.close()
+    assert launch._startup(attempts, folder)[0] == pytest.approx(20.0)
     # the second was killed: up to a heartbeat more than what was noted
     assert attempts.spent_s() == pytest.approx(72.0)
-    assert launch._startup(Attempts())[1].startswith("assumed")
+    assert launch._startup(Attempts(), folder)[1].startswith("assumed")
 
 
 def test_attempts_survive_the_file(tmp_path: Path) -> None:

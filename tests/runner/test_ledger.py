@@ -54,7 +54,8 @@ def test_concurrent_runs_share_what_is_there_and_give_back_the_rest(ledger: Ledg
     assert second.reserve("money", 6.0) == 4.0
     third = ledger.open_run(entry("c"))
     with pytest.raises(
-        NotFeasible, match=r"0 are spent, 10 reserved by 2 runs that go on, 0 money"
+        NotFeasible,
+        match=r"0\.0000 USD are spent, 10\.00 USD reserved by 2 runs that go on, 0\.0000 USD",
     ):
         third.reserve("money", None)
     first.heartbeat(usd(5.0))
@@ -344,7 +345,7 @@ def test_a_project_budget_is_set_raised_and_taken_away(booked: Path) -> None:
     [
         ("", "is empty"),
         ("JobID|User\n1|ada\n", "none of the columns ElapsedRaw"),
-        ("JobID,User,State,Start,ElapsedRaw\n1,ada,FAILED,then,5\n", "'then' is not a time"),
+        ("JobID,User,State,Start,ElapsedRaw\n1,ada,FAILED,then,5\n", "'then' is not a date"),
         ("JobID,User,State,Start,ElapsedRaw\n1,a,FAILED,2026-01-01,x\n", "'x' is not a number"),
         ("JobID,User,State,Start,ElapsedRaw\n1,a,FAILED,2026-01-01,-5\n", "-5 s cannot be"),
         ("JobID,User,State,Start,ElapsedRaw\n1,a\n", "more or fewer fields"),
