@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 
 from outlay.planner.estimate.software import Software
 from outlay.planner.spec.families import preset_names, resolve_model
@@ -134,7 +135,7 @@ def case_spec(row: Mapping[str, str], software: Software) -> ModelSpec:
     seq_len = count(row, "seq_len", 2048) or 2048
     blocks: tuple[Block, ...] = (Block(count=layers, attention=attention, mlp=mlp),)
     if arch == "t5":
-        blocks = _two_stacks(blocks[0], parameters, hidden, vocab)
+        blocks = _two_stacks(blocks[0], parameters, hidden, vocab, stated="swiglu" in facts)
     rotary = gated or litgpt
     return ModelSpec(
         name=name or "case", source="cases", family=arch, hidden=hidden, vocab=vocab, blocks=blocks,
@@ -146,22 +147,32 @@ def case_spec(row: Mapping[str, str], software: Software) -> ModelSpec:
 
 
 def _two_stacks(
-    block: Block, parameters: float | None, hidden: int, vocab: int
+    block: Block, parameters: float | None, hidden: int, vocab: int, *, stated: bool
 ) -> tuple[Block, ...]:
     """Encoder and decoder of `layers` blocks each, or of half of them where the stated size says that
-    both stacks were counted."""
+    both stacks were counted; with a gated MLP where the stated size says so and the row does not.
 
-    def stacks(depth: int) -> tuple[Block, ...]:
+    The first T5 had a plain MLP (arXiv 1910.10683), those since have a gated one of the same width
+    (arXiv 2002.05202), half as large again.
+    """
+
+    def stacks(depth: int, gated: bool) -> tuple[Block, ...]:
+        mlp = replace(block.mlp, gated=gated)
         whole = replace(block.attention, causal=False)
-        encoder = replace(block, count=depth, stack="encoder", attention=whole)
-        return encoder, replace(block, count=depth, norms=3, cross_attention=whole)
+        encoder = replace(block, count=depth, stack="encoder", attention=whole, mlp=mlp)
+        return encoder, replace(block, count=depth, norms=3, cross_attention=whole, mlp=mlp)
 
-    a, ffn = block.attention, (3 if block.mlp.gated else 2) * block.mlp.ffn
-    pair = hidden * (3 * (a.q_width + a.k_width + a.v_width + a.out_width) + 2 * ffn)
-    if parameters is None or block.count == 1:
-        return stacks(block.count)
-    counts = (block.count, block.count // 2)
-    return stacks(min(counts, key=lambda n: abs(n * pair + vocab * hidden - parameters)))
+    def weights(depth: int, gated: bool) -> float:
+        a, matrices = block.attention, 2 * (3 if gated else 2)
+        attention = 3 * (a.q_width + a.k_width + a.v_width + a.out_width)
+        return depth * hidden * (attention + matrices * block.mlp.ffn) + vocab * hidden
+
+    if parameters is None:
+        return stacks(block.count, block.mlp.gated)
+    depths = (block.count, block.count // 2) if block.count > 1 else (block.count,)
+    gates = (block.mlp.gated,) if stated else (False, True)
+    depth, gated = min(product(depths, gates), key=lambda x: abs(weights(*x) - parameters))
+    return stacks(depth, gated)
 
 
 def _layers_from_parameters(inside: float, hidden: int, a: Attention, m: Mlp, pp: int) -> int:

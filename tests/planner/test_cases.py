@@ -168,3 +168,19 @@ def test_the_predictions_never_replace_the_cases(tmp_path: Path) -> None:
 def test_huge_numbers_are_that_rows_error(tmp_path: Path) -> None:
     out = predict(LLAMA | {"seq_len": "99999999999999999999"})
     assert "seq_len: 1e+20 is more than the largest that makes sense" in out["error"]
+
+
+def test_the_stated_size_tells_a_t5_with_gated_mlps() -> None:
+    """T5 of 2.8e9 (v1.1 XL, arXiv 2002.05202: 24 and 24 blocks of 2048, MLPs of 5120, gated) and of 737e6
+    (the first T5 large, arXiv 1910.10683, section 3.7: 1024, 4096, plain)."""
+    row = {"id": "t", "model": "t", "arch": "t5", "seq_len": "512", "gpu": "a100-sxm-80gb", "gpus": "8",
+           "micro_batch": "1", "precision": "bf16", "framework": "megatron"}  # fmt: skip
+    sizes = {"layers": "24", "hidden": "2048", "heads": "32", "ffn": "5120", "n_params": "2.8e9"}
+    for layers in ("24", "48"):
+        xl = express(row | sizes | {"layers": layers}).spec
+        assert [(b.count, b.mlp.gated) for b in xl.blocks] == [(24, True), (24, True)]
+    sizes = {"layers": "24", "hidden": "1024", "heads": "16", "ffn": "4096", "n_params": "737e6"}
+    large = express(row | sizes).spec
+    assert [(b.count, b.mlp.gated) for b in large.blocks] == [(24, False), (24, False)]
+    stated = express(row | sizes | {"notes": "swiglu=true", "n_params": ""}).spec
+    assert all(b.mlp.gated for b in stated.blocks)

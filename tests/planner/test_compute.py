@@ -17,7 +17,15 @@ from outlay.planner.estimate.compute import (
     model_flops_per_token,
 )
 from outlay.planner.estimate.efficiency import efficiency_for
-from outlay.planner.estimate.operators import Speed, attention_s, gemm_s, speed_of
+from outlay.planner.estimate.operators import (
+    UNFUSED_SOFTMAX_OPERATORS,
+    Speed,
+    attention_s,
+    block_s,
+    fused_softmax_fits,
+    gemm_s,
+    speed_of,
+)
 from outlay.planner.estimate.parameters import attention_parameters
 from outlay.planner.estimate.software import MEGATRON
 from outlay.planner.hardware import resolve_hardware
@@ -130,6 +138,22 @@ def test_unfused_attention_is_slower_and_rows_that_are_not_aligned_more_so() -> 
         for b in (odd, aligned)
     )
     assert slow > fast
+
+
+def test_megatrons_fused_softmax_takes_four_rows_at_a_time() -> None:
+    """fused_softmax.py, `is_kernel_available`: else its kernels run one by one."""
+    spec = gpt(1, 2048, 16, 1000)
+    block = spec.blocks[0]
+    job = Job(model="m", seq_len=1024, global_batch=1, steps=1, precision="fp16", attention="eager")
+    c = Candidates.of([Strategy(tp=tp, micro_batch=m) for tp in (4, 8) for m in (1, 2)])
+    assert fused_softmax_fits(block, job, c).tolist() == [True, True, False, True]
+    for change in ({"seq_len": 16}, {"seq_len": 8192}, {"seq_len": 1022}, {"precision": "fp32"}):
+        assert not fused_softmax_fits(block, dataclasses.replace(job, **change), c).any()  # type: ignore[arg-type]
+    found = block_s(spec, block, job, c, speed(), FIGURES, MEGATRON)
+    starts = FIGURES["compute.operator_start_s"] * UNFUSED_SOFTMAX_OPERATORS
+    assert found.host_forward - found.host_forward[0] == pytest.approx([0, 0, starts, 0], abs=1e-12)
+    # tp 8: with one sequence more than half of the time of two, which run fused.
+    assert found.core[2] > 0.6 * found.core[3]
 
 
 def test_a_precision_that_the_datasheet_lacks_has_no_speed() -> None:
