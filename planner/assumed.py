@@ -111,4 +111,12 @@ def _assume(name: str, text: str) -> Assume:
         )  # fmt: skip
     if not min(low, high) <= middle <= max(low, high):
         raise UsageError(f"{name}={text}: the expected value lies outside its ends", where=WHERE)
+    ours = figure.assumption
+    if (high - low) * (ours.high - ours.low) < 0:
+        raise UsageError(
+            f"{name}={text} has its ends the wrong way round", where=WHERE,
+            why=f"the cheap end comes first, the dear end last: ours is "
+            f"{ours.low:g}/{ours.expected:g}/{ours.high:g}",
+            do=f"give {name}={high:g}/{middle:g}/{low:g}",
+        )  # fmt: skip
     return Assume(name=name, low=low, expected=middle, high=high)

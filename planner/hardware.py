@@ -206,6 +206,14 @@ def read_cluster(path: str | Path) -> Cluster:
     return parse(Cluster, value, path=path)
 
 
+def _said_of_network(cluster: Cluster, gbps: float | None) -> Cluster:
+    """A network that was stated for one node changes nothing: a note says so."""
+    if gbps is None or cluster.nodes > 1:
+        return cluster
+    note = f"--inter-node-gbps {gbps:g} changes nothing: one node, nothing crosses its network"
+    return dataclasses.replace(cluster, notes=(*cluster.notes, note))
+
+
 def resolve_hardware(
     reference: str,
     *,
@@ -223,18 +231,26 @@ def resolve_hardware(
     if reference == "probe":
         from outlay.planner.probe import probe
 
-        return probe(ranks=ranks, price_usd_per_h=price_usd_per_h)
+        probed = probe(ranks=ranks, price_usd_per_h=price_usd_per_h)
+        return _said_of_network(probed, inter_node_gbps)
     if reference.endswith((".yaml", ".yml", ".json")):
         cluster = read_cluster(reference)
         if price_usd_per_h is not None:
             cluster = dataclasses.replace(
                 cluster, price_usd_per_h=price_usd_per_h, price_source="--price-usd-per-h"
             )
-        return cluster
+        if inter_node_gbps is not None and cluster.nodes > 1:
+            link = _inter_link(
+                inter_node_gbps, cluster.ranks_per_node, cluster.nodes, "--inter-node-gbps"
+            )
+            cluster = dataclasses.replace(cluster, inter=link)
+        return _said_of_network(cluster, inter_node_gbps)
     if match := _CATALOG.match(reference):
-        return _from_catalog(match, inter_node_gbps, price_usd_per_h)
+        found = _from_catalog(match, inter_node_gbps, price_usd_per_h)
+        return _said_of_network(found, inter_node_gbps)
     if match := _INSTANCE.match(reference):
-        return _from_instance(match, inter_node_gbps, price_usd_per_h)
+        found = _from_instance(match, inter_node_gbps, price_usd_per_h)
+        return _said_of_network(found, inter_node_gbps)
     raise UsageError(
         f"{reference!r} names no hardware", where="--hardware",
         do="write probe, ACCELERATOR:COUNT[/PER_NODE] (h100-sxm:8), PROVIDER/INSTANCE:COUNT "

@@ -51,6 +51,7 @@ class JobFile:
     gradient_clipping: float | None = None
     attention: str | None = None
     compile: bool | None = None
+    expert_capacity: float | None = None
     budget: tuple[str, ...] | str | None = None
     currency: str | None = None
     rate: dict[str, float] | tuple[str, ...] | str | None = None
@@ -166,7 +167,8 @@ def _length(file: JobFile, data: Data | None, seq_len: int, batch: int) -> tuple
 
 
 _AS_GIVEN = (
-    "schedule", "gradient_clipping", "compile", "seed", "eval_every", "save_every", "attempts", "region",
+    "schedule", "gradient_clipping", "compile", "expert_capacity", "seed", "eval_every", "save_every", "attempts",
+    "region",
 )  # fmt: skip
 """What goes into the job as it stands in the file, where it stands there."""
 
@@ -194,6 +196,14 @@ def _shape(file: JobFile, spec: ModelSpec, cluster: Cluster, notes: Notes) -> tu
     return seq_len, batch
 
 
+def warmup_note(schedule: Schedule | None, steps: int) -> Notes:
+    """A warm-up that outlasts the training is said: the learning rate never gets to its peak."""
+    if schedule is None or schedule.warmup_steps <= steps:
+        return []
+    why = f"longer than the {steps:,} steps: the learning rate never reaches its peak"
+    return [{"what": "schedule_warmup_steps", "value": schedule.warmup_steps, "source": why}]
+
+
 def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
     """Fill what is missing, check what is there. Raises UsageError."""
     notes: Notes = []
@@ -208,6 +218,10 @@ def resolve_job(file: JobFile, spec: ModelSpec, cluster: Cluster) -> Resolved:
     if file.compile:
         what = "time and memory are those of the model as it is: what torch.compile gains is not estimated"
         notes.append({"what": "compile", "value": "on", "source": what})
+    if file.expert_capacity is not None:
+        what = "time and memory are those without dropped tokens"
+        notes.append({"what": "expert_capacity", "value": file.expert_capacity, "source": what})
+    notes += warmup_note(file.schedule, steps)
     attention = file.attention
     if attention is None and spec.family == CAPPED_FAMILY:
         why = "transformers has no sdpa form of its capped scores"

@@ -76,6 +76,8 @@ def job_options(function: F) -> F:
         click.option("--qat", help="int8, int8-weight, int4:g32, int4-act8:g32: trained as it is stored; or none."),
         click.option("--attention", type=click.Choice(["eager", "sdpa", "flash"])),
         click.option("--compile/--no-compile", default=None, help="Blocks through torch.compile; not estimated."),
+        click.option("--expert-capacity", type=float,
+                     help="Most tokens an expert takes, of an even share: 1.25. Default: none is dropped."),
         click.option("--budget", multiple=True, help="5000usd, 72h, 100gpuh; repeatable."),
         click.option("--currency", help="Money is shown in it: eur, at a --rate. Default: the budget's, or usd."),
         click.option("--rate", multiple=True, help="USD for one of a currency: eur=1.08; repeatable."),

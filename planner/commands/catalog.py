@@ -144,12 +144,17 @@ def catalog_import(file: Path, name: str | None, dry_run: bool) -> None:
         click.echo(f"wrote {target}: {len(nodes)} rows")
     ours = {i.key for i in shipped_instances()} | {(*i.key[:2], None) for i in shipped_instances()}
     shapes = {i.key[:2]: (i.accelerator, i.count) for i in shipped_instances()}
+    sellers = {provider for provider, _ in shapes}
     told = (
         (
             sum(shapes.get(i.key[:2], (i.accelerator, i.count)) != (i.accelerator, i.count) for i in nodes),
             "have another accelerator or count than the catalog's node of that name",
         ),
         (sum(i.key in ours for i in nodes), "replace a price of the catalog"),
+        (
+            sum(i.provider in sellers and i.key[:2] not in shapes for i in nodes),
+            "bear a provider's name of the catalog, but a node of another name: both are offered",
+        ),
         (
             sum(i.on_demand_usd_per_h is not None and i.price_date is None for i in nodes),
             "have no price_date: `undated !` will stand beside them",

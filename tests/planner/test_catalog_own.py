@@ -55,6 +55,14 @@ def test_a_dry_run_writes_nothing(layer: Path, tmp_path: Path) -> None:
     assert not layer.exists()
 
 
+def test_a_node_of_ones_own_under_a_provider_of_the_catalog_is_told(
+    layer: Path, tmp_path: Path
+) -> None:
+    rows = ("nebius,my-own-box,h100-sxm,8,16,2026-11-01", GOOD)
+    got = outlay("import", quotes(tmp_path, *rows), "--dry-run")
+    assert "1 bear a provider's name of the catalog" in got.output
+
+
 def test_off_means_nowhere_to_import_to(tmp_path: Path) -> None:
     got = outlay("import", quotes(tmp_path, GOOD))
     assert isinstance(got.exception, UsageError) and "is off" in str(got.exception)

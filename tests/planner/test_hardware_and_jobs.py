@@ -18,7 +18,7 @@ from outlay.planner.size.money import assumptions_of, included_in
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.families import resolve_model
 from outlay.planner.spec.files import to_yaml
-from outlay.planner.spec.job import Job
+from outlay.planner.spec.job import Job, Schedule
 from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import OutlayError, UnknownName, UsageError
@@ -79,6 +79,27 @@ def test_a_cluster_file_round_trips(cpu_cluster: Cluster, tmp_path: Path) -> Non
     assert resolve_hardware(str(path)) == cpu_cluster
     dearer = resolve_hardware(str(path), price_usd_per_h=3.0)
     assert (dearer.price_usd_per_h, dearer.price_source) == (3.0, "--price-usd-per-h")
+
+
+def test_a_stated_network_counts_or_is_said_to_change_nothing(tmp_path: Path) -> None:
+    one = resolve_hardware("h100-sxm:8", inter_node_gbps=400)
+    assert "changes nothing" in one.notes[-1] and resolve_hardware("h100-sxm:8").notes == ()
+    two = resolve_hardware("h100-sxm:16", inter_node_gbps=400)
+    path = tmp_path / "two.yaml"
+    path.write_text(to_yaml(two))
+    slower = resolve_hardware(str(path), inter_node_gbps=100)
+    assert two.inter is not None and slower.inter is not None
+    assert slower.inter.bytes_per_s == two.inter.bytes_per_s / 4
+    assert slower.notes == two.notes
+
+
+def test_a_warm_up_that_outlasts_the_steps_is_said(
+    tiny_spec: ModelSpec, cpu_cluster: Cluster
+) -> None:
+    for warmup, said in ((100, False), (101, True)):
+        file = JobFile(model="m", steps=100, schedule=Schedule(warmup_steps=warmup))
+        notes = resolve_job(file, tiny_spec, cpu_cluster).assumptions
+        assert ("schedule_warmup_steps" in {n["what"] for n in notes}) is said
 
 
 def test_unknown_names_come_with_near_ones() -> None:

@@ -163,6 +163,11 @@ def test_three_ends_and_a_stated_purchase() -> None:
     assert (row.low, row.expected, row.high) == (6, 5, 3)
     with pytest.raises(UsageError, match="outside its ends"):
         parse_assumed(["life_years=6/8/3"])
+    for reversed_ends in ("life_years=3/5/6", "pue=1.4/1.2/1.1"):
+        with pytest.raises(UsageError, match="the wrong way round"):
+            parse_assumed([reversed_ends])
+    (row,) = parse_assumed(["use_h_a_year=9/8/7"])  # ours has no direction
+    assert (row.low, row.high) == (9, 7)
     stated = stated_purchases(["h100-sxm=31,000"])["h100-sxm"]
     got = owned(stated, 8, tdp_w=700.0, network=False, taken=with_set(()))
     assert got.purchase_usd == flat(248_000)

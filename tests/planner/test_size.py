@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from outlay.planner.cost import Range
 from outlay.planner.estimate.interval import TIGHT_RISK
 from outlay.planner.search import search
+from outlay.planner.size.asked import Sizing, asked
 from outlay.planner.size.choose import Limits, Option, explore, front
 from outlay.planner.size.engine import Ask, Sizer, Timed, points_of
 from outlay.planner.size.losers import _rank, _time_best
@@ -351,3 +352,18 @@ def test_spot_alone_keeps_the_limits(tmp_path: Path) -> None:
     assert told.exit_code == 0, told.output
     assert "at a spot price: no steady price keeps the limits" in " ".join(told.output.split())
     assert "A keeps the deadline of 6.0 h with" in told.output
+
+
+def test_trillions_of_tokens_need_no_batch_to_be_sized() -> None:
+    flags = {"model": "llama-3-70b", "tokens": "15T"}
+    got = asked(None, flags, {}, Sizing(hardware=("h100-sxm",))).ask.job
+    assert got.seq_len == 2048 and got.tokens >= 15e12 and got.global_batch > 1_000
+
+
+def test_a_network_of_one_node_is_said_to_change_nothing() -> None:
+    flags = {"model": "llama-3-8b", "tokens": "1B"}
+    stated = Sizing(hardware=("h100-sxm:8",), price_usd_per_h=24.0, inter_node_gbps=400.0)
+    said = {n["what"]: n["source"] for n in asked(None, flags, {}, stated).assumptions}
+    assert "changes nothing" in said["inter_node_gbps"]
+    two = dataclasses.replace(stated, hardware=("h100-sxm:16",))
+    assert "inter_node_gbps" not in {n["what"] for n in asked(None, flags, {}, two).assumptions}
