@@ -37,7 +37,8 @@ class EventLog:
             step=step,
             data=_finite(plain(data)),
         )
-        line = json.dumps(plain(event), ensure_ascii=False, allow_nan=False) + "\n"
+        # its data are plain already
+        line = json.dumps(vars(event), ensure_ascii=False, allow_nan=False) + "\n"
         os.write(self._handle, line.encode("utf-8"))
         return event
 

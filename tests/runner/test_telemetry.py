@@ -122,3 +122,18 @@ def test_scalars_are_what_tensorboard_reads_and_a_resume_replaces_them(tmp_path:
     read.Reload()
     assert read.Tags()["scalars"] == ["train/loss"]
     assert [(s.step, s.value) for s in read.Scalars("train/loss")] == [(1, 4.0), (2, 3.0), (3, 1.5)]
+
+
+def test_points_that_waited_keep_their_times(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    ticks = iter((1000.0, 1000.4, 1001.5, 1001.6))
+    scalars = Scalars(tmp_path, first_step=1, clock=lambda: next(ticks))
+    for step in range(1, 5):
+        scalars.add("train", step, loss=1.0 / step, energy=None)
+    scalars.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(s.step, s.wall_time) for s in read.Scalars("train/loss")] == [
+        (1, 1000.0), (2, 1000.4), (3, 1001.5), (4, 1001.6),
+    ]  # fmt: skip
+    assert read.Tags()["scalars"] == ["train/loss"]
