@@ -1,12 +1,13 @@
 """Memory and step time that compression adds, measured in two CPU ranks, against the estimate.
 
-    python -m benchmarks.compression_cost [--only 0,3] [--memory] [--out FILE.csv]
+    python -m benchmarks.compression_cost [--only 0,3] [--memory | --time [--cpu]] [--out FILE.csv]
     python -m benchmarks.compression_cost --only 2,3,5,8 --one-process
 
 Each case is built and stepped beside the same job without compression: the growth of resident memory by
 `runner/memory_probe.py`, and the ratio of their step times, taken in turn (plain, compressed, plain) in the same
-living ranks, so that a slow machine slows both. `--one-process`: the ratio alone, in CPU seconds of plain torch
-in this process, which other work on the machine disturbs little; it has no data parallelism in it.
+living ranks, so that a slow machine slows both; with `--cpu` in CPU seconds of a rank, which other work disturbs
+less, and in which waiting for the other rank does not count. `--one-process`: the ratio alone, in CPU seconds of
+plain torch in this process; it has no data parallelism in it.
 """
 
 from __future__ import annotations
@@ -82,12 +83,13 @@ CASES = (
 )  # fmt: skip
 
 
-def step_s_in_rank(plan: Any) -> float:
-    """Median seconds of a step, after two that warm up."""
+def step_s_in_rank(plan: Any, cpu: bool) -> float:
+    """Median seconds of a step, after two that warm up; `cpu`: that this process computed."""
     import torch
 
     from outlay.runner.engine import Engine
 
+    clock = time.process_time if cpu else time.monotonic
     engine = Engine.build(plan)
     try:
         if engine.distiller is not None:
@@ -98,10 +100,10 @@ def step_s_in_rank(plan: Any) -> float:
         for i in range(TIMED + 2):
             if engine.compressor is not None:
                 engine.compressor.before_step(TIMED, TIMED + 2)
-            began_s = time.monotonic()
+            began_s = clock()
             engine.train_step([ids] * plan.strategy.grad_accum)
             if i >= 2:
-                times.append(time.monotonic() - began_s)
+                times.append(clock() - began_s)
         return statistics.median(times)
     finally:
         engine.close()
@@ -199,46 +201,50 @@ def ratio_measured(plain: Any, compressed: Any, call: Callable[[Any], float]) ->
 def row_of(
     number: int,
     teacher: str,
-    measure: Callable[[Any], list[int]],
+    measure: Callable[[Any], list[int]] | None,
     call: Callable[[Any], float] | None,
 ) -> dict[str, Any]:
-    """Measure and predict one case; `call` null: memory alone."""
+    """Measure and predict one case; `measure` null: time alone; `call` null: memory alone."""
     case = CASES[number]
     plain, compressed = plans_of(case, teacher)
-    growth = [max(measure(plan)) for plan in (plain, compressed)]
-    expected, _ = predicted(compressed)
-    row = {
-        "number": number, "what": case.what, "strategy": case.strategy.label(),
-        "plain_bytes": growth[0], "measured_bytes": growth[1], "predicted_bytes": round(expected),
-        "error": round(expected / growth[1] - 1, 4),
-        "plain_error": round(predicted(plain)[0] / growth[0] - 1, 4),
+    row = dict.fromkeys(COLUMNS) | {
+        "number": number, "what": case.what, "strategy": case.strategy.label()
     }  # fmt: skip
-    if call is None:
-        return row | dict.fromkeys(("measured_ratio", "predicted_ratio", "ratio_error"))
-    ratio, wanted = ratio_measured(plain, compressed, call), ratio_predicted(plain, compressed)
-    return row | {
-        "measured_ratio": round(ratio, 3), "predicted_ratio": round(wanted, 3),
-        "ratio_error": round(wanted / ratio - 1, 4),
-    }  # fmt: skip
+    if measure is not None:
+        growth = [max(measure(plan)) for plan in (plain, compressed)]
+        expected, _ = predicted(compressed)
+        row |= {
+            "plain_bytes": growth[0], "measured_bytes": growth[1], "predicted_bytes": round(expected),
+            "error": round(expected / growth[1] - 1, 4),
+            "plain_error": round(predicted(plain)[0] / growth[0] - 1, 4),
+        }  # fmt: skip
+    if call is not None:
+        ratio, wanted = ratio_measured(plain, compressed, call), ratio_predicted(plain, compressed)
+        row |= {
+            "measured_ratio": round(ratio, 3), "predicted_ratio": round(wanted, 3),
+            "ratio_error": round(wanted / ratio - 1, 4),
+        }  # fmt: skip
+    return row
 
 
 def line_of(row: dict[str, Any]) -> str:
     """For the terminal."""
-    text = (
-        f"{row['number']:>2} {row['what']:<16}{row['strategy']:<20} {row['predicted_bytes'] / MIB:7.1f} MiB "
-        f"predicted, {row['measured_bytes'] / MIB:7.1f} measured {row['error']:+7.1%} "
-        f"(plain {row['plain_bytes'] / MIB:.1f}, {row['plain_error']:+.1%})"
-    )
-    if row["measured_ratio"] is None:
-        return text
-    return (
-        f"{text}; step {row['predicted_ratio']:.2f} times predicted, {row['measured_ratio']:.2f} measured "
-        f"{row['ratio_error']:+.1%}"
-    )
+    parts = [f"{row['number']:>2} {row['what']:<16}{row['strategy']:<20}"]
+    if row["measured_bytes"] is not None:
+        parts.append(
+            f"{row['predicted_bytes'] / MIB:7.1f} MiB predicted, {row['measured_bytes'] / MIB:7.1f} measured "
+            f"{row['error']:+7.1%} (plain {row['plain_bytes'] / MIB:.1f}, {row['plain_error']:+.1%})"
+        )
+    if row["measured_ratio"] is not None:
+        parts.append(
+            f"step {row['predicted_ratio']:.2f} times predicted, {row['measured_ratio']:.2f} measured "
+            f"{row['ratio_error']:+.1%}"
+        )
+    return " ".join(parts)
 
 
-def _in_ranks(pool: RankPool) -> Callable[[Any], float]:
-    return lambda plan: max(pool.call("benchmarks.compression_cost:step_s_in_rank", plan))
+def _in_ranks(pool: RankPool, cpu: bool) -> Callable[[Any], float]:
+    return lambda plan: max(pool.call("benchmarks.compression_cost:step_s_in_rank", plan, cpu))
 
 
 def _in_one_process(numbers: list[int], teacher: str) -> None:
@@ -255,11 +261,15 @@ def _in_one_process(numbers: list[int], teacher: str) -> None:
 @click.command()
 @click.option("--only", help="Numbers of cases, like 0,3,5 (default: all).")
 @click.option("--memory", is_flag=True, help="Memory alone.")
+@click.option("--time", "timed", is_flag=True, help="Step time alone, in the two ranks.")
+@click.option("--cpu", is_flag=True, help="That in CPU seconds.")
 @click.option(
     "--one-process", is_flag=True, help="The ratio alone, in CPU seconds of this process."
 )
 @click.option("--out", type=Path, help="CSV to write.")
-def main(only: str | None, memory: bool, one_process: bool, out: Path | None) -> None:
+def main(
+    only: str | None, memory: bool, timed: bool, cpu: bool, one_process: bool, out: Path | None
+) -> None:  # fmt: skip
     """Predicted and measured cost of compressing."""
     numbers = range(len(CASES)) if only is None else [int(n) for n in only.split(",")]
     rows = []
@@ -269,8 +279,8 @@ def main(only: str | None, memory: bool, one_process: bool, out: Path | None) ->
         if one_process:
             _in_one_process(list(numbers), str(teacher))
             return
-        measure = stack.enter_context(in_living_ranks())
-        call = None if memory else _in_ranks(stack.enter_context(RankPool(2)))
+        measure = None if timed else stack.enter_context(in_living_ranks())
+        call = None if memory else _in_ranks(stack.enter_context(RankPool(2)), cpu)
         for number in numbers:
             rows.append(row_of(number, str(teacher), measure, call))
             click.echo(line_of(rows[-1]))

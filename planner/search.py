@@ -20,6 +20,7 @@ from outlay.planner.space import (
     candidates_for,
     divisors,
     spread_of,
+    with_small_buckets,
 )
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
@@ -74,13 +75,15 @@ def search(
     legal, considered = candidates_for(spec, job, cluster, fixed, target=target)
     if not len(legal):
         raise _nothing_legal(spec, job, cluster, fixed, target)
-    memory = in_memory(spec, job, cluster, legal, target)
-    fits = memory.risk <= TIGHT_RISK
-    if not fits.any():
+    space, usual = with_small_buckets(spec, legal, fixed, target)
+    memory = in_memory(spec, job, cluster, space, target)
+    fits = np.flatnonzero(memory.risk <= TIGHT_RISK)
+    if not fits.size:
         raise _nothing_fits(spec, job, memory, cluster, target)
-    refused = np.flatnonzero(~fits)
+    refused = np.flatnonzero(memory.risk > TIGHT_RISK)
     refused = refused[np.argsort(memory.memory.device[refused], kind="stable")][:_REFUSED_TIMED]
-    kept = np.concatenate([np.flatnonzero(fits), refused])
+    fits = fits[~needless(memory.verdict[fits], fits, usual)]
+    kept = np.concatenate([fits, refused])
     estimates = with_step(
         spec, job, cluster, memory.take(kept), software=target.software_on(cluster)
     )
@@ -90,8 +93,8 @@ def search(
             do="measure it: `outlay probe --measure --out cluster.yaml`, then `--hardware cluster.yaml`",
         )
     return SearchResult(
-        estimates=estimates, order=ranked(estimates, int(fits.sum())), considered=considered,
-        legal=len(legal), target=target,
+        estimates=estimates, order=ranked(estimates, fits.size), target=target,
+        considered=considered + len(space) - len(legal), legal=len(space),
     )  # fmt: skip
 
 
@@ -102,17 +105,34 @@ def in_memory(
     return evaluate_memory(spec, job, cluster, c, software=target.software_on(cluster))
 
 
+def needless(verdict: Array, rows: Array, usual: Array) -> Array:
+    """Of the candidates `rows` with these verdicts, which have small buckets although the same with the usual
+    ones (`usual`, of every candidate) surely fits: never faster, so never before it in `ranked`."""
+    fine = np.zeros(len(usual), bool)
+    fine[rows] = verdict == VERDICTS.index("ok")
+    return np.asarray((usual[rows] != rows) & fine[usual[rows]])
+
+
 def ranked(e: Estimates, fitting: int) -> Array:
     """The first `fitting` candidates, fastest first; within half a per cent, what stays on the accelerator
-    first, then what surely fits, then the plainer loss, then what takes less memory."""
+    first, then what surely fits, then the usual buckets, the plainer loss, then what takes less memory."""
     assert e.step is not None
     seconds = e.step.time_s[:fitting]
     tied = np.floor(np.log(seconds / seconds.min()) / TIE)
     c = e.candidates
     return np.lexsort((
-        e.memory.device[:fitting], c.loss[:fitting], e.verdict[:fitting],
+        e.memory.device[:fitting], c.loss[:fitting], c.reduce_bucket_size[:fitting] >= 0,
+        e.verdict[:fitting],
         c.offload_param[:fitting], c.offload_optimizer[:fitting], tied,
     ))  # fmt: skip
+
+
+def first_of(e: Estimates) -> int:
+    """The first of `ranked`, without an order of the others."""
+    assert e.step is not None
+    seconds = e.step.time_s
+    near = np.flatnonzero(seconds <= seconds.min() * (1 + 2 * TIE))
+    return int(near[ranked(e.take(near), len(near))[0]])
 
 
 def fewest_broken(space: Candidates, x: Context, target: Target) -> list[tuple[Rule, str]]:
@@ -181,6 +201,21 @@ def _nothing_fits(
     )
 
 
+def _less_plain(e: Estimates, i: int, best: int) -> str:
+    """Why candidate `i` is not the first although it needs less memory: in the order of `ranked`."""
+    c = e.candidates
+    if (
+        c.offload_param[i] > c.offload_param[best]
+        or c.offload_optimizer[i] > c.offload_optimizer[best]
+    ):
+        return "but the host holds part of it"
+    if c.reduce_bucket_size[i] >= 0 > c.reduce_bucket_size[best]:
+        return "but with small buckets where the usual ones fit"
+    if c.loss[i] > c.loss[best]:
+        return "but with a loss in pieces where a plain one fits"
+    return "but slower"
+
+
 def explain(result: SearchResult, cluster: Cluster, i: int) -> str:
     """Why candidate `i` lost against the best: how much slower, mostly in which part."""
     e, best = result.estimates, result.best_index
@@ -194,8 +229,10 @@ def explain(result: SearchResult, cluster: Cluster, i: int) -> str:
     times, parts = e.step.time_s, e.step.parts
     slower = float(times[i] / times[best] - 1)
     if slower < TIE:
-        more = format_bytes(float(e.memory.device[i] - e.memory.device[best]))
-        return f"as fast within 0.5 %, {more} more memory"
+        more = float(e.memory.device[i] - e.memory.device[best])
+        if more < 0:
+            return f"as fast within 0.5 %, {format_bytes(-more)} less memory, {_less_plain(e, i, best)}"
+        return f"as fast within 0.5 %, {format_bytes(more)} more memory"
     part, values = max(parts.items(), key=lambda kv: float(kv[1][i] - kv[1][best]))
     extra = float(values[i] - values[best])
     return f"{slower:.1%} slower, mostly {part.replace('_', ' ')} (+{format_seconds(extra)} a step)"

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from outlay.planner.estimate.candidates import CHECKPOINTING, OFFLOAD, Candidates
+from outlay.planner.estimate.buckets import reduce_buckets, smaller_buckets
+from outlay.planner.estimate.candidates import CHECKPOINTING, OFFLOAD, Array, Candidates
 from outlay.planner.estimate.communication import link_domain
 from outlay.planner.estimate.estimator import software_for
 from outlay.planner.estimate.software import MEGATRON_CORE, Software
@@ -28,6 +29,11 @@ from outlay.planner.spec.model import ModelSpec
 
 _NULL = -1
 _MOST_CONTEXT = 32
+_AS_FIXED = (
+    "activation_checkpointing", "recompute_layers", "loss", "sequence_parallel", "reduce_bucket_size",
+    "allgather_bucket_size",
+)  # fmt: skip
+"""What a person may fix that no axis of the spread varies."""
 _LEAST_TOKENS_A_RANK = 1024
 """Ring attention over shorter pieces waits for its messages; not searched."""
 _MOST_CHUNKS = 8
@@ -58,11 +64,11 @@ TARGETS = {
     ),
     "deepspeed": Target(
         name="deepspeed", says="what DeepSpeed executes; `outlay run` may not",
-        kinds=("arithmetic", "deepspeed"), software=None, zero=(0, 1, 2, 3),
+        kinds=("arithmetic", "deepspeed", "json"), software=None, zero=(0, 1, 2, 3),
     ),
     "trainer": Target(
         name="trainer", says="what transformers' Trainer and Accelerate execute: `outlay emit` writes it for them",
-        kinds=("arithmetic", "deepspeed"), software=None, zero=(0, 1, 2, 3),
+        kinds=("arithmetic", "deepspeed", "json", "trainer"), software=None, zero=(0, 1, 2, 3),
         fixed={"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "sp": 1, "ep": 1, "loss": 0, "recompute_layers": _NULL},
     ),
     "megatron": Target(
@@ -97,6 +103,22 @@ def candidates_for(
     whole = _micro_batches(spec, job, legal, fixed, target)
     looked = len(spread) - len(legal) + len(whole)
     return (whole.take(allowed(whole, x, kinds=target.kinds)) if len(whole) else whole), looked
+
+
+def with_small_buckets(
+    spec: ModelSpec, c: Candidates, fixed: Mapping[str, int], target: Target
+) -> tuple[Candidates, Array]:
+    """(the same, and behind them those that have buckets once more with small ones; of each the one whose
+    buckets are the usual ones). Where buckets are given or the trainer has none of these, as they are."""
+    usual = np.arange(len(c))
+    if target.name == "megatron" or {"reduce_bucket_size", "allgather_bucket_size"} & set(fixed):
+        return c, usual
+    sized, small = reduce_buckets(spec, c), smaller_buckets(spec, c)
+    again = np.flatnonzero((c.zero >= 1) & (2 * small <= sized))
+    other = dataclasses.replace(
+        c.take(again), reduce_bucket_size=small[again], allgather_bucket_size=small[again]
+    )
+    return c.joined(other), np.concatenate([usual, again])
 
 
 def spread_of(
@@ -172,7 +194,7 @@ def _spread(
     micro = fixed.get("micro_batch", 1)
     columns["micro_batch"] = np.full(len(p), micro)
     columns["grad_accum"] = job.global_batch // (columns["dp"] * micro)
-    for name in ("activation_checkpointing", "recompute_layers", "loss", "sequence_parallel"):
+    for name in _AS_FIXED:
         if name in fixed:
             columns[name] = np.full(len(p), fixed[name])
     if target.name == "megatron" and "sequence_parallel" not in fixed:

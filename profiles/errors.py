@@ -60,7 +60,7 @@ class UnknownName(UsageError):
     """A name that is not in a catalog, with the nearest ones that are."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, where: str = "") -> None:
-        names = sorted(known)
+        names = sorted(set(known))
         near = difflib.get_close_matches(name.lower(), names, n=4, cutoff=0.4)
         hint = "nearest: " + ", ".join(near) if near else _some(names)
         super().__init__(f"unknown {kind} {name!r}", where=where, do=hint)

@@ -20,8 +20,12 @@ def train_compressed(
     resume: str | None = None,
     stop: int = 0,
     lr: float | None = None,
+    nodes: bool = False,
 ) -> dict[str, Any]:
-    """Train from `resume` (or the start) to `stop` (or the end), save; zeros, weights, states."""
+    """Train from `resume` (or the start) to `stop` (or the end), save; zeros, weights, states.
+
+    `nodes`: with what `add_nodes` does.
+    """
     from pathlib import Path
 
     from outlay.runner.checkpoint import load_checkpoint, save_checkpoint
@@ -34,6 +38,8 @@ def train_compressed(
         losses, changes, alive = [], [], 0
         if lr is not None:
             engine.set_lr(lr)
+        if nodes:
+            add_nodes(engine.deepspeed.module)
         for step in range(first, stop or steps):
             before = _pruned(compressor)
             if changed := compressor.before_step(step, steps):
@@ -57,6 +63,26 @@ def train_compressed(
         }
     finally:
         engine.close()
+
+
+def add_nodes(model: Any) -> None:
+    """Put a node of autograd around every module, as ZeRO-3's hooks do: where a tensor is read three
+    times, its gradients are then added up in the same order."""
+    import torch
+    from deepspeed.runtime.zero.parameter_offload import apply_to_tensors_only
+
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.detach()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return gradient
+
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda _, xs: apply_to_tensors_only(Same.apply, xs))
+        module.register_forward_hook(lambda _, __, out: apply_to_tensors_only(Same.apply, out))
 
 
 def _pruned(compressor: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from outlay.planner.estimate.candidates import Candidates
 from outlay.planner.estimate.estimator import Estimates, evaluate
 from outlay.planner.estimate.interval import VERDICTS
 from outlay.planner.read.edits import set_to
-from outlay.planner.read.meaning import DocEdit
+from outlay.planner.read.meaning import ARGUMENTS, DocEdit
 from outlay.planner.rules import Context, allowed
 from outlay.planner.rules.places import arguments, at, is_of, main_edits
 from outlay.planner.rules.setup import Setup
@@ -190,11 +190,15 @@ def _loss_edits(s: Setup, q: Question) -> list[DocEdit]:
     if q.spec.family not in _LIGER or q.cluster.kind == "cpu" or not s.meaning.trainer:
         return []
     given = arguments(s)
+    if ARGUMENTS in s.meaning.documents:
+        return [DocEdit(document=ARGUMENTS, edit=set_to("use_liger_kernel", value=True))]
     if is_of(s, "axolotl"):
         if given.get("plugins"):
             return []
         fused = set_to("liger_fused_linear_cross_entropy", value=True)
         return list(main_edits(set_to("plugins", value=[_LIGER_PLUGIN]), fused))
+    if is_of(s, "launch") and "per_device_train_batch_size" not in given:
+        return []  # whether its script takes the Trainer's arguments is not known
     if is_of(s, "trainer", "llamafactory", "launch"):
         factory = is_of(s, "llamafactory") or "finetuning_type" in given
         key = "enable_liger_kernel" if factory else "use_liger_kernel"

@@ -6,9 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from outlay.planner.read.document import KeyPath
+from outlay.planner.read.document import Document, KeyPath
 from outlay.planner.read.edits import Edit, edited, set_to, unified_diff
-from outlay.planner.read.meaning import ACCELERATE, DEEPSPEED, MAIN, DocEdit, Meaning
+from outlay.planner.read.meaning import (
+    ACCELERATE,
+    ARGUMENTS,
+    DEEPSPEED,
+    FIXED,
+    LOOP,
+    MAIN,
+    MODEL,
+    DocEdit,
+    Meaning,
+)
 from outlay.planner.read.reader import read_meaning
 from outlay.planner.rules.config import ConfigRule, Found, found_in
 from outlay.planner.rules.setup import Setup, setup_of
@@ -27,6 +37,7 @@ def level_of(row: tuple[ConfigRule, Found]) -> str:
 _LINKS: tuple[tuple[str, KeyPath, str], ...] = (
     (ACCELERATE, ("deepspeed_config", "deepspeed_config_file"), DEEPSPEED),
     (MAIN, ("deepspeed_config", "deepspeed_config_file"), DEEPSPEED),
+    (ARGUMENTS, ("deepspeed",), DEEPSPEED),
     (MAIN, ("args", "deepspeed_config"), DEEPSPEED),
     (MAIN, ("args", "deepspeed"), DEEPSPEED),
     (MAIN, ("launch", "deepspeed_config_file"), DEEPSPEED),
@@ -55,11 +66,25 @@ def with_edits(meaning: Meaning, edits: Sequence[DocEdit], kind: str) -> Meaning
         mine: list[Edit] = [e.edit for e in edits if e.document == name]
         if mine:
             documents[name] = edited(document, mine)
+    _set_beside(documents, (LOOP, MODEL))
     for holder, path, target in links(meaning):
         named = str(meaning.documents[holder].get(*path))
         near = documents[holder].beside | {named: documents[target]}
         documents[holder] = replace(documents[holder], beside=near)
-    return read_meaning(documents[MAIN], kind)
+    _set_beside(documents, (ARGUMENTS,))
+    after = read_meaning(documents[MAIN], kind)
+    # a command's, where the configuration that it names is the main document
+    said = {k: v for k, v in meaning.values.items() if k in ("world", "nodes") and v.place is None}
+    return replace(after, values=after.values | said)
+
+
+def _set_beside(documents: dict[str, Document], fixed: tuple[str, ...]) -> None:
+    """What the program reads by its name: as it is now, for whoever looks beside."""
+    near = {FIXED[key]: documents[key] for key in fixed if key in documents}
+    for holder in (ACCELERATE, ARGUMENTS, MAIN):
+        if holder in documents and near:
+            beside = documents[holder].beside | near
+            documents[holder] = replace(documents[holder], beside=beside)
 
 
 def again(s: Setup, edits: Sequence[DocEdit]) -> Setup:
@@ -119,7 +144,10 @@ _SUFFIX = {DEEPSPEED: ".deepspeed.json", ACCELERATE: ".accelerate.yaml"}
 
 
 def written_texts(before: Meaning, after: Meaning, out: str) -> dict[str, str]:
-    """File name → text: OUT, and beside it each file that it names and that changed; OUT then names that."""
+    """File name → text: OUT, and beside it each file that it names and that changed; OUT then names that.
+
+    A file that the program finds by its name (FIXED) is written as OUT.NAME, for a person to put in its place.
+    """
     documents, texts = dict(after.documents), {}
     for holder, path, target in links(after):
         document, was = documents[target], before.documents.get(target)
@@ -130,5 +158,8 @@ def written_texts(before: Meaning, after: Meaning, out: str) -> dict[str, str]:
         names = documents[holder]
         named = str(beside) if names.syntax == "command" else beside.name
         documents[holder] = edited(replace(names, beside={}), [set_to(*path, value=named)])
+    for key, name in FIXED.items():
+        if key in documents and documents[key].text != before.documents[key].text:
+            texts[str(Path(out).with_name(f"{Path(out).stem}.{name}"))] = documents[key].text
     texts[out] = documents[MAIN].text
     return texts

@@ -115,6 +115,20 @@ def _finetune(meaning: Meaning, asked: Asked) -> Finetune | str | None:
     return Finetune(method=said["method"], rank=said["rank"], quant=said["quant"])
 
 
+def _adapted_besides(s: Setup) -> str:
+    """What the file says of LoRA's targets beyond q and v, which alone are estimated; empty where nothing."""
+    given = s.meaning.flags.get("arguments", {})
+    if given.get("lora_target_linear") is True:
+        return "lora_target_linear: true"
+    for key in ("lora_target_modules", "lora_target"):
+        value = given.get(key)
+        names = value.split(",") if isinstance(value, str) else value
+        if isinstance(names, list):
+            more = {str(name).strip() for name in names} - {"q_proj", "v_proj"}
+            return f"{key}: {', '.join(sorted(more))}" if more else ""
+    return "lora_target: all, by default" if s.meaning.framework == "llamafactory" else ""
+
+
 def _batch(s: Setup, asked: Asked, notes: list[dict[str, Any]]) -> tuple[int, int]:
     """(micro-batch, accumulation): the flag's, the file's, or 1 with a note."""
     batch, values = batch_of(s), s.meaning.values
@@ -218,11 +232,20 @@ def question_of(s: Setup, asked: Asked, model_note: str) -> Question:
     if s.uses_deepspeed and accumulation_dtype(s) == "fp32" and s.bf16:
         fp32 = "gradients are estimated in bf16: fp32 takes twice that"
         notes.append(_note("grad_accum_dtype", "fp32", fp32))
+    finetune = _finetune(s.meaning, asked)
+    if finetune is not None and (more := _adapted_besides(s)):
+        notes.append(
+            _note(
+                "adapters",
+                "on q and v",
+                f"default: only these are estimated; the file adapts more ({more}), which takes more",
+            )
+        )
     file = JobFile(
         model=spec.name, seq_len=asked.seq_len or said("seq_len"), global_batch=strategy.global_batch,
         steps=asked.steps or (None if asked.tokens or asked.data else said("steps")), tokens=asked.tokens,
         data=asked.data, epochs=said("epochs") if asked.data else None, precision=said("precision"),
-        optimizer=_optimizer(s, asked, notes), finetune=_finetune(s.meaning, asked),
+        optimizer=_optimizer(s, asked, notes), finetune=finetune,
         attention=said("attention") if said("attention") in ("eager", "sdpa", "flash") else None,
     )  # fmt: skip
     try:

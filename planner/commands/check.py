@@ -92,6 +92,7 @@ def check(file: str, format_: str, out: str | None, kind: str | None, **flags: A
     answer = answer_of(read_document(path, file), kind, request)
     code = answer.exit_code
     if out is not None:
+        _require_suffix(answer, path, out)
         _write(answer, out)
         code = exit_code_after(answer)
     _print(answer, format_, out, fix=request.fix)
@@ -118,13 +119,30 @@ def _request(
     )  # fmt: skip
 
 
+def _require_suffix(answer: Answer, path: Path, out: str) -> None:
+    """Refuse to write the configuration that a command names into a file that looks like a command."""
+    from outlay.planner.read.meaning import MAIN
+
+    main = answer.before.documents[MAIN].path
+    if main.resolve() != path.resolve() and Path(out).suffix != main.suffix:
+        raise UsageError(
+            f"the command names {main}, and that is what is mended", where=f"--write {out}",
+            do=f"name a file that ends in {main.suffix}, and let the command name it",
+        )  # fmt: skip
+
+
 def _write(answer: Answer, out: str) -> None:
-    from outlay.planner.spec.files import write_text
+    from outlay.planner.read.meaning import FIXED
+    from outlay.planner.spec.files import require_new, write_text
 
     texts = answer.texts(out)
     for name, text in texts.items():
+        require_new(name, text)
+    for name, text in texts.items():
         write_text(name, text)
-        click.echo(f"wrote {name}", err=True)
+        fixed = [f for f in FIXED.values() if name != out and name.endswith(f".{f}")]
+        place = f", to be put in the place of {fixed[0]}" if fixed else ""
+        click.echo(f"wrote {name}{place}", err=True)
     answer.value["written"] = list(texts)
 
 

@@ -97,9 +97,16 @@ def emit_deepspeed(
     plan_file: str, nvme_path: str | None, version: str | None, out: str | None
 ) -> None:
     """The DeepSpeed JSON of a plan, every value explicit."""
-    from outlay.planner.spec.files import to_json
+    from outlay.planner.emit.deepspeed import left_to_the_script
+    from outlay.planner.spec.files import require_new, to_json
 
-    emit_text(to_json(_order(plan_file, nvme_path, version).deepspeed), out)
+    order = _order(plan_file, nvme_path, version)
+    text = to_json(order.deepspeed)
+    if out is not None:
+        require_new(out, text)
+    emit_text(text, out)
+    for note in left_to_the_script(order.plan.job, order.plan.strategy):
+        click.echo(f"note: {note}", err=True)
 
 
 def _write(emitted: Emitted, out: str) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from outlay.planner.commands.question import Question, console
+from outlay.planner.commands.reader import reader_may_leave
+from outlay.planner.jobs import warmup_note
 from outlay.planner.options import (
     as_integers,
     format_option,
@@ -58,8 +60,10 @@ def answer(job_file: str | None, target: str, deadline: str | None, **flags: Any
     if held is not None:
         q.job = dataclasses.replace(q.job, steps=held)
         source = "what the budget holds at the predicted speed; set-up and saves not counted"
-        q.assumptions = [a for a in q.assumptions if a["what"] not in ("steps", "tokens")]
+        before = ("steps", "tokens", "schedule_warmup_steps")
+        q.assumptions = [a for a in q.assumptions if a["what"] not in before]
         q.assumptions.append({"what": "steps", "value": held, "source": source})
+        q.assumptions += warmup_note(q.job.schedule, held)
         made = _planned(q, given, target, limit_s)
     return made
 
@@ -70,12 +74,13 @@ def show(made: Plan, format_: str, out: str, *, dry_run: bool) -> None:
 
     if not dry_run:
         write_text(out, to_yaml(made))
-    if format_ == "json":
-        click.echo(to_json(made), nl=False)
-        return
-    from outlay.planner.report.terminal import print_plan
+    with reader_may_leave():
+        if format_ == "json":
+            click.echo(to_json(made), nl=False)
+            return
+        from outlay.planner.report.terminal import print_plan
 
-    print_plan(console(), made, out=None if dry_run else out)
+        print_plan(console(), made, out=None if dry_run else out)
 
 
 def _planned(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from outlay.planner.commands.question import console, emit_text
+from outlay.planner.commands.reader import reader_may_leave
 from outlay.planner.options import (
     as_integers,
     format_option,
@@ -68,9 +69,11 @@ def size(job_file: str | None, format_: str, out: str, dry_run: bool, **flags: A
     from datetime import UTC, datetime
 
     from outlay.planner.report import size as report
+    from outlay.planner.size.allocator import keep_freed_memory
     from outlay.planner.size.answer import answer, answer_dict
     from outlay.planner.spec.files import to_json, write_text
 
+    keep_freed_memory()
     asked = _asked(job_file, flags)
     found = answer(
         asked.ask, asked.offers, asked.limits, asked.objective, references=asked.references,
@@ -82,11 +85,12 @@ def size(job_file: str | None, format_: str, out: str, dry_run: bool, **flags: A
     value["model"]["config"] = asked.config
     if not dry_run:
         write_text(out, to_json(value))
-    if format_ == "table":
-        report.print_size(console(), value, out=None if dry_run else out)
-        return
-    texts = {"json": to_json, "csv": report.to_csv, "md": report.to_md}
-    emit_text(texts[format_](value).rstrip("\n"), None)
+    with reader_may_leave():
+        if format_ == "table":
+            report.print_size(console(), value, out=None if dry_run else out)
+            return
+        texts = {"json": to_json, "csv": report.to_csv, "md": report.to_md}
+        emit_text(texts[format_](value).rstrip("\n"), None)
 
 
 def _asked(job_file: str | None, flags: dict[str, Any]) -> Asked:

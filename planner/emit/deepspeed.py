@@ -104,3 +104,37 @@ def deepspeed_config(
     if strategy.sp > 1:
         config["sequence_parallel_size"] = strategy.sp
     return config
+
+
+def left_to_the_script(job: Job, strategy: Strategy) -> tuple[str, ...]:
+    """What the plan counts on and the JSON has no words for: a trainer of one's own has to do it.
+
+    tp: DeepSpeed 0.19.8, runtime/config.py:458-471 (without an mpu every rank is data parallel; tried on two
+    ranks). sp: runtime/sequence_parallel/ulysses_sp.py. ep: runtime/engine.py:829-860.
+    """
+    tp, pp, sp, ep = strategy.tp, strategy.pp, strategy.sp, strategy.ep
+    layers = (
+        "all layers" if strategy.recompute_layers is None else f"{strategy.recompute_layers} layers"
+    )
+    recomputed = strategy.activation_checkpointing
+    parts = (
+        (tp > 1,
+         f"tensor parallel {tp}: call deepspeed.utils.groups._init_tp_mesh_device(tensor_model_parallel_size={tp}) "
+         "and pass deepspeed.initialize(…, mpu=deepspeed.utils.groups), or DeepSpeed takes every rank for data "
+         f"parallel and refuses the batch; ranks of one rank // {tp} get the same batches"),
+        (pp > 1, f"pipeline: the model has to be a deepspeed.pipe.PipelineModule with num_stages={pp}"),
+        (sp > 1,
+         f"sequence parallel {sp}: pass the mpu of deepspeed.runtime.sequence_parallel.ulysses_sp."
+         f"UlyssesSPAttentionHF.register_with_transformers(…, sequence_parallel_size={sp})"),
+        (ep > 1, f"expert parallel {ep}: the layers of your own code have to share out the experts"),
+        (recomputed == "full" and pp == 1,
+         f"recomputation of {layers}: the model's gradient_checkpointing_enable() is for all of them"
+         if strategy.recompute_layers is not None else
+         "recomputation: call the model's gradient_checkpointing_enable()"),
+        (recomputed == "selective", "selective recomputation: of attention alone, in the model's own code"),
+        (strategy.loss != "plain", f"a {strategy.loss} loss: the model's own must not hold whole logits"),
+        (job.finetune is not None, "adapters: the model has to have them before deepspeed.initialize"),
+        (job.compress is not None, "compression: `outlay run` does it; the JSON says nothing of it"),
+        (job.precision == "tf32", "tf32: set torch.backends.cuda.matmul.allow_tf32 = True"),
+    )  # fmt: skip
+    return tuple(f"not in the JSON: {text}" for present, text in parts if present)

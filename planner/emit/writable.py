@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from outlay.planner.emit.optimizer import OWN
 from outlay.planner.rules import Context, broken
+from outlay.planner.rules.emitted import PRECISIONS
 from outlay.planner.spec.families import spec_from_config
 from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.plan import Plan
 from outlay.profiles.errors import UsageError
-
-_DEEPSPEED_PRECISION = ("fp32", "tf32", "bf16", "fp16")
 
 
 def writable_spec(plan: Plan, where: str, nvme_path: str | None) -> ModelSpec:
@@ -39,10 +38,10 @@ def writable_spec(plan: Plan, where: str, nvme_path: str | None) -> ModelSpec:
             f"DeepSpeed's JSON has no name for optimizer {plan.job.optimizer.name}", where=where,
             why="`outlay run` builds it itself", do="plan with adamw, or run the plan with `outlay run`",
         )  # fmt: skip
-    if plan.job.precision not in _DEEPSPEED_PRECISION:
+    if plan.job.precision not in PRECISIONS:
         raise UsageError(
             f"DeepSpeed's JSON has no words for {plan.job.precision}",
             where=where,
-            do=f"plan with one of {', '.join(_DEEPSPEED_PRECISION)}",
+            do=f"plan with one of {', '.join(PRECISIONS)}",
         )
     return spec

@@ -47,6 +47,23 @@ def reduce_buckets(spec: ModelSpec, c: Candidates) -> Array:
     return np.where(c.reduce_bucket_size >= 0, c.reduce_bucket_size, sized)
 
 
+_SMALLER = 16
+"""A small bucket is that part of the usual one: up to 2 GB less where the largest tensor is the table of a large
+vocabulary, and messages that are still hundreds of times their latency."""
+_LEAST_BUCKET = 1_000_000
+"""Elements: of 2 MB in bf16 a message is no longer limited by the links."""
+
+
+def smaller_buckets(spec: ModelSpec, c: Candidates) -> Array:
+    """The small bucket in elements for each candidate; even, as DeepSpeed wants it of all-gathers.
+
+    It may be below the largest tensor: DeepSpeed reduces such a gradient where it lies at stages 1 and 2
+    (`stage_1_and_2.py`, `extra_large_param_to_reduce`), from a copy at stage 3 (`reduce_scatter_coalesced`).
+    """
+    usual = reduce_buckets(spec, c)
+    return np.asarray(np.minimum(usual, np.maximum(usual // _SMALLER, _LEAST_BUCKET) // 2 * 2))
+
+
 def largest_on_rank(spec: ModelSpec, c: Candidates) -> Array:
     """Elements of the largest tensor of a rank before tensor parallelism divides it, [n]."""
     dense, experts = largest_matrices(spec)

@@ -57,9 +57,18 @@ class Candidates:
 
     def take(self, index: Array | slice) -> Candidates:
         """The candidates that a mask, an index array or a slice selects."""
+        if not isinstance(index, slice) and index.dtype == bool:
+            index = np.flatnonzero(index)
         return Candidates(
             **{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)}
         )
+
+    def joined(self, other: Candidates) -> Candidates:
+        """These, then the others."""
+        return Candidates(**{
+            f.name: np.concatenate([getattr(self, f.name), getattr(other, f.name)])
+            for f in dataclasses.fields(self)
+        })  # fmt: skip
 
     @classmethod
     def of(cls, strategies: Sequence[Strategy]) -> Candidates:

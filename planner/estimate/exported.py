@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from outlay.planner.compression import matrices
+from outlay.planner.compression import check_job, matrices
 from outlay.planner.distillation import teacher_spec
 from outlay.planner.estimate.compression import cache_bytes, exported_bytes, teacher_of
 from outlay.planner.estimate.compute import model_flops_per_token
 from outlay.planner.estimate.parameters import parameter_counts
 from outlay.planner.estimate.states import width_of
 from outlay.planner.spec.cluster import Cluster
-from outlay.planner.spec.compress import BLOCK_PARTS, Part
+from outlay.planner.spec.compress import BLOCK_PARTS, Part, Qat
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.packing import Packing
-from outlay.profiles.errors import NotFeasible
+from outlay.profiles.errors import NotFeasible, UsageError
 from outlay.profiles.units import format_bytes
 
 CHOICES = (None, Packing(bits=8), Packing(bits=8, dynamic=True), Packing(bits=4, group=32))
 """What is shown; null = dense."""
+TRAINED = (Qat(bits=8, activation_bits=8), Qat(bits=4))
+"""Quantization-aware training that is shown beside them."""
 
 
 def smallest_bytes(spec: ModelSpec, width: int) -> int:
@@ -66,9 +70,14 @@ def require_export_size(spec: ModelSpec, job: Job) -> None:
 
 
 def compression_dict(
-    spec: ModelSpec, job: Job, cluster: Cluster, forward_s: float | None
-) -> dict[str, Any] | None:
-    """The estimate's `compression`; null where the job does not compress. `forward_s`: of one step."""
+    spec: ModelSpec, job: Job, cluster: Cluster, forward_s: float | None,
+    step_s: Callable[[Job], float | None] = lambda _: None, *, quantizes: bool = True,
+) -> dict[str, Any] | None:  # fmt: skip
+    """The estimate's `compression`; null where the job does not compress.
+
+    `forward_s`: of one step; `step_s`: a step's time under another job, null = unknown; `quantizes`: whether
+    quantization-aware training runs under this strategy.
+    """
     compress = job.compress
     if compress is None:
         return None
@@ -80,7 +89,10 @@ def compression_dict(
         "quantize": name,
         "export_bytes": size,
         "limit_bytes": compress.export_bytes,
-        "choices": [_choice(spec, job, cluster, packing) for packing in CHOICES],
+        "choices": [
+            _choice(spec, other, cluster, packing, step_s(other))
+            for packing, other in _jobs(spec, job, quantizes)
+        ],
         "masked_weights": weights,
         "zeros": None
         if compress.pruning is None
@@ -105,16 +117,39 @@ def _caching(
     return {"caching_s": seconds, "caching_usd": None if price is None else price * seconds / 3600}
 
 
-def _choice(spec: ModelSpec, job: Job, cluster: Cluster, packing: Packing | None) -> dict[str, Any]:
+def _jobs(spec: ModelSpec, job: Job, quantizes: bool) -> Iterator[tuple[Packing | None, Job]]:
+    """(packing, the job that trains for it): packed after training, then trained for what the model allows."""
+    assert job.compress is not None
+    said = job.compress
+    kept = (said.pruning, said.distill, said.export_bytes)
+    after = None if kept == (None, None, None) else replace(said, qat=None)
+    for packing in CHOICES:
+        yield packing, replace(job, compress=after)
+    for qat in TRAINED if quantizes else ():
+        other = replace(job, compress=replace(said, qat=qat))
+        try:
+            check_job(other, spec)
+        except UsageError:
+            continue
+        yield Packing.of_training(qat), other
+
+
+def _choice(
+    spec: ModelSpec, job: Job, cluster: Cluster, packing: Packing | None, step_s: float | None
+) -> dict[str, Any]:
     """`decode_floor_s`: reading every weight once for a token, on this accelerator, by software that keeps
-    them packed. The loss of quality is measured after training (`outlay export --evaluate`)."""
-    size = exported_bytes(spec, width_of(job.precision), packing)
+    them packed. The loss of quality is measured after training (`outlay eval`, `outlay export --evaluate`)."""
+    size, price = exported_bytes(spec, width_of(job.precision), packing), cluster.price_usd_per_h
     rate = cluster.accelerator.memory_bytes_per_s
     if rate is None and cluster.rates is not None:
         rate = cluster.rates.memory_bytes_per_s
+    steps_s = None if step_s is None else job.steps * step_s
     return {
         "quantize": "none" if packing is None else packing.name,
+        "trained_for": job.compress is not None and job.compress.qat is not None,
         "bytes": size,
         "decode_floor_s": None if rate is None else size / rate,
+        "steps_s": steps_s,
+        "steps_usd": None if steps_s is None or price is None else price * steps_s / 3600,
         "loss_difference": "unknown",
     }

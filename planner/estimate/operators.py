@@ -29,6 +29,9 @@ ALIGNMENT = 8
 """Elements: 16-byte rows, below which tensor cores fall back to slower kernels (same guide, section 2)."""
 ROW_BYTES = 128
 """Rows of a multiple of this many bytes are read fastest (same guide, section 3: 64 16-bit values)."""
+UNFUSED_SOFTMAX_OPERATORS = 6
+"""Kernels that start in place of the one fused softmax: to fp32, scale, make the mask, apply it, softmax,
+back to 16 bits, and a copy (`forward_torch_softmax` of the same file), less that one."""
 _WIDTH = {"fp32": 4, "tf32": 4}
 _LOW = {"fp8": "fp8", "nvfp4": "fp4"}
 """Precisions of which only the linear layers of blocks run at the low rate."""
@@ -227,6 +230,18 @@ def _score_traffic_bytes(a: Attention, width: int, kernels: str) -> tuple[float,
     return forward, backward
 
 
+def fused_softmax_fits(block: Block, job: Job, c: Candidates) -> Array:
+    """Whether Megatron's fused softmax takes this shape; else torch's operators run one by one [n].
+
+    A thread block of that kernel works on four rows of 16-bit scores, so the micro-batch times the rank's
+    heads has to be a multiple of 4, for 17 to 4096 keys (megatron/model/fused_softmax.py,
+    `is_kernel_available`; before 2022 up to 2048 keys).
+    """
+    rows = c.micro_batch * block.attention.heads // c.tp
+    possible = 16 < job.seq_len <= 4096 and job.seq_len % 4 == 0 and width_of(job.precision) == 2
+    return np.asarray((rows % 4 == 0) & possible)
+
+
 def attention_s(
     block: Block,
     job: Job,
@@ -263,7 +278,10 @@ def attention_s(
         * figures["compute.softmax_factor"]
         / speed.memory_bytes_per_s
     )
-    forward, backward = _score_traffic_bytes(a, width, software.kernels)
+    forward, backward = (np.asarray(x) for x in _score_traffic_bytes(a, width, software.kernels))
+    if software.kernels == "fused":
+        fits, apart = fused_softmax_fits(block, job, c), _score_traffic_bytes(a, width, "hf")
+        forward, backward = np.where(fits, forward, apart[0]), np.where(fits, backward, apart[1])
     return heavy + forward * scores, 2.0 * heavy + backward * scores
 
 
@@ -313,7 +331,10 @@ def block_s(
     light = traffic / speed.memory_bytes_per_s
     back = figures["compute.backward_light_factor"]
     operators = software.block_operators * (1.5 if block.mlp.experts else 1.0)
-    host = operators * figures["compute.operator_start_s"] + np.zeros(len(c))
+    more = np.zeros(len(c))
+    if job.attention == "eager" and software.kernels == "fused":
+        more = np.where(fused_softmax_fits(block, job, c), 0.0, UNFUSED_SOFTMAX_OPERATORS)
+    host = np.asarray((operators + more) * figures["compute.operator_start_s"])
     forward = linear_forward + core_forward + light
     return BlockTime(
         forward=forward,

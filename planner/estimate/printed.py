@@ -12,7 +12,13 @@ from outlay.planner.estimate.besides import besides_steps
 from outlay.planner.estimate.candidates import Array
 from outlay.planner.estimate.compute import model_flops_per_token, recomputed_flops_per_token
 from outlay.planner.estimate.disk import disk_parts
-from outlay.planner.estimate.estimator import Estimates, evaluate_memory, host_of, software_for
+from outlay.planner.estimate.estimator import (
+    Estimates,
+    evaluate,
+    evaluate_memory,
+    host_of,
+    software_for,
+)
 from outlay.planner.estimate.exported import compression_dict
 from outlay.planner.estimate.interval import VERDICTS
 from outlay.planner.estimate.memory import (
@@ -30,6 +36,15 @@ from outlay.planner.spec.model import ModelSpec
 from outlay.profiles.units import format_bytes
 
 SCHEMA_ESTIMATE = "outlay/estimate@1"
+
+
+def _step_s(spec: ModelSpec, job: Job, cluster: Cluster, e: Estimates, i: int) -> float | None:
+    """Of the same candidate under another job; null where the time is not estimated."""
+    if e.step is None:
+        return None
+    one = e.candidates.take(np.array([i]))
+    step = evaluate(spec, job, cluster, one).step
+    return None if step is None else float(step.time_s[0])
 
 
 def _memory_dict(
@@ -255,7 +270,12 @@ def estimate_dict(
         "throughput": _throughput(spec, job, cluster, e, i),
         "run": _run_dict(spec, job, cluster, e, i),
         "compression": compression_dict(
-            spec, job, cluster, None if e.step is None else float(e.step.parts["forward"][i])
+            spec,
+            job,
+            cluster,
+            None if e.step is None else float(e.step.parts["forward"][i]),
+            lambda other: _step_s(spec, other, cluster, e, i),
+            quantizes=int(e.candidates.tp[i]) == 1,
         ),
         "assumptions": _assumptions(cluster, e, job)
         + _tight(cluster, e, i)

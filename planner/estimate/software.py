@@ -56,6 +56,8 @@ class Software:
     two_way: bool = False
     """DualPipe (arXiv 2412.19437, section 3.2.1): micro-batches enter at both ends of the pipeline, and the
     all-to-all of one runs beside the compute of another."""
+    zero_bubble: bool = False
+    """ZB-H1 (arXiv 2401.10241): backward passes are cut in two, and gradients of weights fill the waits."""
     masked_head: float = 1.0
     """Share of the tokens of an encoder whose logits are computed."""
     quantizes_head: bool = False
@@ -84,6 +86,7 @@ MEGATRON = Software(
 )
 MEGATRON_CORE = replace(MEGATRON, overlap=1.0, tensor_overlap=True, recent_attention=True)
 DUALPIPE = replace(MEGATRON_CORE, two_way=True)
+ZERO_BUBBLE = replace(MEGATRON_CORE, zero_bubble=True)
 MEGATRON_DEEPSPEED = Software(
     family="megatron",
     kernels="fused",
@@ -151,12 +154,15 @@ def software_of(framework: str, *, attention: str = "") -> Software:
 
     Matched by what the name says: `megatron*` (Megatron-DeepSpeed too), `fsdp2*` (compiled; NeMo
     Automodel's with Transformer Engine's attention), `fsdp*`, `deepspeed*` and `hf-*`, `*ddp`,
-    `litgpt*`, `torchtune`, `*dualpipe*`. Megatron with flash attention is Megatron-Core with Transformer Engine, which
+    `litgpt*`, `torchtune`, `*dualpipe*`, `*zero-bubble*` (the fork of Megatron-Core that has it). Megatron
+    with flash attention is Megatron-Core with Transformer Engine, which
     overlaps its collectives; earlier ones do not.
     """
     name = framework.strip().lower()
     if "dualpipe" in name:
         return DUALPIPE
+    if "zero-bubble" in name:
+        return ZERO_BUBBLE
     if name.startswith("litgpt"):
         return LITGPT_FSDP if "fsdp" in name else LITGPT
     if "composer" in name:

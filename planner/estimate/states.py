@@ -227,11 +227,14 @@ def _deepspeed_buffers(
     )
     buckets = np.where((zero >= 1) & (zero <= 2), width * bucket * (1 + c.overlap_comm), 0.0)
     buckets = buckets + np.where(zero == 3, width * bucket, 0.0)
+    # A tensor larger than stage 3's bucket is reduced outside it, from a copy (`reduce_scatter_coalesced`).
+    outside = (zero == 3) & (bucket < held.largest_tensor / c.tp)
+    copied = np.where(outside, width * held.trainable * held.largest_tensor / c.tp, 0.0)
     offloaded = (c.offload_optimizer > 0) & (zero < 3)
     temporary_gradient = np.where(offloaded, width * held.largest_tensor / c.tp, 0.0)
     live = np.maximum(max_live_parameters(bucket, on_nvme(c)), 2 * held.block)
     return {
-        "gradients_new": np.where(zero >= 2, in_flight, 0.0),
+        "gradients_new": np.where(zero >= 2, in_flight, 0.0) + copied,
         "communication": buckets + temporary_gradient,
         # Stages 1 and 2 release theirs after each backward (`_release_ipg_buffers`).
         "communication_always": np.where(zero == 3, buckets, temporary_gradient),

@@ -23,7 +23,7 @@ from outlay.planner.estimate.memory import adapter_parameters
 from outlay.planner.estimate.micro_batch import TENSORS_PER_BLOCK, MicroBatch, hook_s, micro_batch_s
 from outlay.planner.estimate.operators import Speed, speed_of, width_of
 from outlay.planner.estimate.parameters import parameter_counts
-from outlay.planner.estimate.pipeline import bubble_s, two_way_bubble_s
+from outlay.planner.estimate.pipeline import bubble_s, two_way_bubble_s, zero_bubble_s
 from outlay.planner.estimate.software import Software
 from outlay.planner.estimate.stages import StageLoads, stage_loads
 from outlay.planner.estimate.states import MOMENTS
@@ -272,6 +272,18 @@ class _Whole:
         return Step(time_s=time_s, rows=np.arange(len(self.c)), whole=self)
 
 
+def _bubble_s(c: Candidates, m: MicroBatch, software: Software) -> Array:
+    """By the schedule of the software. Of a backward pass cut in two, half of its compute is taken for
+    the gradients of the weights: of a linear layer they are as many FLOPs as those of its input."""
+    if software.two_way:
+        return two_way_bubble_s(m.forward, m.backward + m.recompute, c.pp)
+    if software.zero_bubble:
+        weights = m.backward / 2.0
+        inputs = m.backward_pass - weights
+        return zero_bubble_s(m.forward_pass, inputs, weights, c.pp, c.grad_accum)
+    return bubble_s(m.per_stage, m.waits, c.grad_accum.astype(float))
+
+
 def _parts(
     spec: ModelSpec,
     job: Job,
@@ -297,9 +309,7 @@ def _parts(
         "optimizer": s.optimizer,
         "tensor_parallel": micro * m.tensor_parallel,
         "data_parallel_exposed": micro * each + once,
-        "pipeline_bubble": two_way_bubble_s(m.forward, m.backward + m.recompute, c.pp)
-        if software.two_way
-        else bubble_s(m.per_stage, m.waits, micro),
+        "pipeline_bubble": _bubble_s(c, m, software),
         "pipeline_transfer": (micro * figures["communication.transfer_exposed"] + c.pp - 1.0)
         * transfer,
         "sequence_parallel": micro * m.sequence_parallel,
@@ -325,8 +335,9 @@ def estimate_step(
     """Seconds of a step for each candidate. `tabled` False: figures may be arrays [n] too."""
     of_micro = of_shards = None
     if tabled:
-        # A pipeline's bubble depends on the number of micro-batches only while they are fewer than stages.
-        few = np.minimum(c.grad_accum, np.maximum(c.pp, 2))
+        # A pipeline's bubble depends on the number of micro-batches only while they are fewer than stages,
+        # that of an interleaved one while they are fewer than twice as many.
+        few = np.minimum(c.grad_accum, np.maximum(c.pp * np.minimum(c.vpp, 2), 2))
         kind = (c.zero + 1) // 2  # hooks and accumulation: none, stages 1 and 2, stage 3
         names = (*_SHAPE, "dp") if any(b.mlp.experts for b in spec.blocks) else _SHAPE
         shape, of_micro = distinct(c, names, kind, few)

@@ -7,7 +7,8 @@ from typing import Any
 from outlay.planner.read.companion import companion
 from outlay.planner.read.deepspeed import section_of, values_of, whole
 from outlay.planner.read.document import Document, KeyPath
-from outlay.planner.read.meaning import DEEPSPEED, MAIN, Meaning, Said, Section
+from outlay.planner.read.meaning import DEEPSPEED, MAIN, Meaning, Said, Section, merged
+from outlay.planner.read.program import loop_said
 
 PLUGIN: dict[str, KeyPath] = {
     "zero_stage": ("zero_optimization", "stage"),
@@ -85,6 +86,7 @@ def read_accelerate(text: Document) -> Meaning:
         section = Section(config=config, document=None, translated=translated)
         if (accum := whole(keys.get("gradient_accumulation_steps"))) is not None:
             say("grad_accum", accum, "deepspeed_config", "gradient_accumulation_steps")
+    values = merged(loop_said(text, documents), values)
     return Meaning(
         framework="accelerate", documents=documents, section=section, values=values, trainer=True,
         missing_file=missing, flags={"deepspeed_keys": keys, "uses_deepspeed": uses},

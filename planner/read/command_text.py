@@ -227,9 +227,21 @@ def _flags(
     return flags, i
 
 
-def parse_command(text: str, name: str) -> Node:
-    """launcher, env, launch (its flags), script, args (the script's). Raises FileError."""
-    variables: dict[str, str] = {}
+_SBATCH = re.compile(r"^#SBATCH\s+(?:--nodes[= ]|-N\s*)(\d+)\s*(?:#.*)?$", re.M)
+
+
+def _of_slurm(text: str) -> dict[str, str]:
+    """What sbatch sets for the script, as its own directives say it (sbatch(1), output environment)."""
+    nodes = _SBATCH.findall(text)
+    return dict.fromkeys(("SLURM_NNODES", "SLURM_JOB_NUM_NODES"), nodes[-1]) if nodes else {}
+
+
+def parse_command(text: str, name: str, given: dict[str, str] | None = None) -> Node:
+    """launcher, env, launch (its flags), script, settings (a file as its first word), args. Raises FileError.
+
+    `given`: variables that are set outside of the text.
+    """
+    variables = _of_slurm(text) if given is None else dict(given)
     env: dict[str | int, Node] = {}
     for line in _commands(text):
         for token in line:
@@ -253,10 +265,13 @@ def parse_command(text: str, name: str) -> Node:
         }  # fmt: skip
         if rest:
             children["script"] = _node(_plain(rest[0].text, variables), rest[0])
+        settings = [_plain(token.text, variables) for token in rest[1:2]]
+        if settings and settings[0].endswith((".yaml", ".yml", ".json")):
+            children["settings"] = _node(settings[0], rest[1])
         return _group(children, first.line)
     inner = _quoted_command(text)
     if inner is not None:
-        return parse_command(inner, name)
+        return parse_command(inner, name, variables)
     raise FileError(
         "no launch command is in it", where=f"{name}:1",
         why="a line that starts with deepspeed, torchrun, accelerate launch, or python … --deepspeed is looked for",

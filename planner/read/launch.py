@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from outlay.planner.read.companion import beside
 from outlay.planner.read.deepspeed import values_of, whole
 from outlay.planner.read.document import Document
-from outlay.planner.read.launch_accelerate import Launched, launched, merged
+from outlay.planner.read.kinds import kind_of
+from outlay.planner.read.launch_accelerate import Launched, launched
 from outlay.planner.read.llamafactory import factory_arguments
-from outlay.planner.read.meaning import MAIN, Meaning, Said
+from outlay.planner.read.meaning import ARGUMENTS, FIXED, MAIN, Meaning, Said, merged
+from outlay.planner.read.program import arguments_of
 from outlay.planner.read.trainer import (
     ATTENTION,
     Arguments,
@@ -21,6 +24,7 @@ from outlay.planner.read.trainer import (
 )
 from outlay.profiles.errors import FileError
 
+_AXOLOTL = "axolotl.cli.train"
 _TRAINER = ("per_device_train_batch_size", "output_dir", "num_train_epochs", "model_name_or_path")
 
 
@@ -95,6 +99,10 @@ def read_launch(text: Document) -> Meaning:
     framework = text.get("launcher") in ("llamafactory-cli", "axolotl")
     if framework and script.endswith((".yaml", ".yml", ".json")):
         return _through(text, script)
+    if script == _AXOLOTL and isinstance(text.get("settings"), str):
+        return _through(text, text.get("settings"))
+    if (behind_script := _settings(text)) is not None:
+        return behind_script
     a = Arguments(text, arguments, ("args",))
     documents = {MAIN: text}
     own = arguments.get("deepspeed_config")
@@ -108,7 +116,7 @@ def read_launch(text: Document) -> Meaning:
     elif uses_trainer:
         _trainer_arguments(a)
     section, missing = attach_deepspeed(arguments.get(key), text, ("args", key), documents)
-    behind = launched(text) if text.get("launcher") == "accelerate" else Launched()
+    behind = _behind(text, script)
     if section is None and missing is None:
         section, missing = behind.section, behind.missing
         documents |= behind.documents
@@ -120,10 +128,26 @@ def read_launch(text: Document) -> Meaning:
         values = inner | values
     return Meaning(
         framework="launch", documents=documents, section=section, values=values,
-        trainer=uses_trainer or text.get("launcher") == "accelerate", missing_file=missing,
+        trainer=uses_trainer or text.get("launcher") == "accelerate" or ARGUMENTS in documents,
+        missing_file=missing,
         flags={"arguments": arguments, "env": text.get("env", default={}),
                "launch": text.get("launch", default={}), "launcher": text.get("launcher")},
         notes=behind.notes,
+    )  # fmt: skip
+
+
+def _behind(text: Document, script: str) -> Launched:
+    """What stands behind the command besides its arguments: Accelerate's file, or what the program reads."""
+    if text.get("launcher") == "accelerate":
+        return launched(text)
+    meaning = arguments_of(script, text) if script.endswith(".py") else None
+    if meaning is None:
+        return Launched()
+    name = FIXED[ARGUMENTS]
+    return Launched(
+        section=meaning.section, values=meaning.values, documents=meaning.documents,
+        missing=meaning.missing_file,
+        notes=(f"{script} reads {name}; what is wrong with that file is found by checking it",),
     )  # fmt: skip
 
 
@@ -137,4 +161,40 @@ def _through(text: Document, configuration: str) -> Meaning:
             "the configuration that the command names is not there", where=text.where(("script",)),
             why=configuration, do="run the check from the folder that the command is run from",
         )  # fmt: skip
-    return read_meaning(found)
+    meaning = read_meaning(found)
+    return replace(meaning, values=meaning.values | _ranks(text))
+
+
+def _settings(text: Document) -> Meaning | None:
+    """`torchrun train.py x.yaml`: the file, where it is here and a format that is known; else the script decides."""
+    name = text.get("settings")
+    if not isinstance(name, str) or (found := beside(name, text)) is None:
+        return None
+    if text.get("launcher") == "accelerate" and launched(text).section is not None:
+        return None  # there the sharding is Accelerate's, which that file does not say
+    try:
+        kind = kind_of(found)
+    except FileError:
+        return None
+    return _through(text, name) if kind in ("axolotl", "llamafactory", "trainer") else None
+
+
+def _ranks(text: Document) -> dict[str, Said]:
+    """Processes as the command says them; without a place, for the configuration is another file."""
+    found: dict[str, Said] = {}
+
+    def say(name: str, value: Any, *path: str) -> None:
+        found[name] = Said(value=value, where=text.where(path))
+
+    _world(text, say)
+    words = (
+        (("env", "NPROC_PER_NODE"), text.get("env", "NNODES", default=1)),
+        (("args", "nproc_per_node"), text.get("args", "nnodes", default=1)),
+        (("args", "num_processes"), 1),
+    )
+    for path, given in words:
+        count, nodes = whole(text.get(*path)), whole(given)
+        if "world" not in found and count is not None and nodes is not None:
+            say("world", count * nodes, *path)
+            say("nodes", nodes, *path)
+    return found

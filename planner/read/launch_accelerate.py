@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from outlay.planner.read.accelerate import PLUGIN, plugin_config, read_accelerate
 from outlay.planner.read.companion import beside
 from outlay.planner.read.document import Document
-from outlay.planner.read.meaning import ACCELERATE, DEEPSPEED, MAIN, Said, Section
+from outlay.planner.read.meaning import ACCELERATE, MAIN, Said, Section
 from outlay.planner.read.trainer import attach_deepspeed
 
 
@@ -51,7 +51,7 @@ def _through_file(found: Document) -> Launched:
         section = replace(section, holder=ACCELERATE)
     values = {name: _moved(said) for name, said in meaning.values.items()}
     documents = {ACCELERATE: found}
-    documents |= {k: d for k, d in meaning.documents.items() if k == DEEPSPEED}
+    documents |= {k: d for k, d in meaning.documents.items() if k != MAIN}
     note = f"what is wrong with {found.name} itself is found by checking that file"
     return Launched(
         section=section,
@@ -67,11 +67,3 @@ def _moved(said: Said) -> Said:
     if said.place is None or said.place[0] != MAIN:
         return said
     return replace(said, place=(ACCELERATE, said.place[1]))
-
-
-def merged(weaker: dict[str, Said], arguments: dict[str, Said]) -> dict[str, Said]:
-    """The script's arguments win, a default of theirs only where nothing else is said."""
-    kept = {
-        k: v for k, v in arguments.items() if not v.default or k not in weaker or weaker[k].default
-    }
-    return weaker | kept

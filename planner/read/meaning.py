@@ -9,6 +9,9 @@ from outlay.planner.read.document import Document, KeyPath
 from outlay.planner.read.edits import Edit, remove, rename, set_to
 
 MAIN, DEEPSPEED, ACCELERATE = "main", "deepspeed", "accelerate"
+ARGUMENTS, LOOP, MODEL = "arguments", "loop", "model"
+FIXED = {ARGUMENTS: "training_args.json", LOOP: "loop.json", MODEL: "model.json"}
+"""Files that the program of `outlay emit` reads by their names: no other file says where they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +127,11 @@ class Meaning:
             return []
         document, path = said.place
         return [DocEdit(document=document, edit=set_to(*path, value=value))]
+
+
+def merged(weaker: dict[str, Said], arguments: dict[str, Said]) -> dict[str, Said]:
+    """The script's arguments win, a default of theirs only where nothing else is said."""
+    kept = {
+        k: v for k, v in arguments.items() if not v.default or k not in weaker or weaker[k].default
+    }
+    return weaker | kept

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from outlay.planner.spec.families import preset_names, resolve_model
+from outlay.planner.read.document import read_document
+from outlay.planner.read.meaning import FIXED, MODEL
+from outlay.planner.spec.families import preset_names, resolve_model, spec_from_config
 from outlay.planner.spec.model import ModelSpec
 from outlay.profiles.errors import OutlayError
 
@@ -39,9 +41,25 @@ def preset_of(reference: str) -> str | None:
     return None
 
 
+def _of_program(path: Path) -> tuple[ModelSpec | None, dict[str, Any], str]:
+    """The model of a program that `outlay emit` wrote: its configuration is inside model.json."""
+    try:
+        document = read_document(path)
+        config = document.get("config", default={})
+        if not isinstance(config, dict):
+            return None, {}, f"{document.where(('config',))} is no mapping"
+        name = Path(str(document.get("weights") or config.get("model_type"))).name
+        spec = spec_from_config(config, name=name, source=str(path))
+    except OutlayError as error:
+        return None, {}, f"{path}: {error.what}"
+    return spec, config, f"the configuration in {path}"
+
+
 def model_of(reference: str, beside: Path) -> tuple[ModelSpec | None, dict[str, Any], str]:
     """(sizes or null, its config, how it was found or why not)."""
     for path in (beside / reference, Path(reference).expanduser()):
+        if path.name == FIXED[MODEL] and path.is_file():
+            return _of_program(path)
         config = path / "config.json" if path.is_dir() else path
         if config.is_file() and config.suffix == ".json":
             try:

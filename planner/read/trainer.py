@@ -9,7 +9,8 @@ from typing import Any
 from outlay.planner.read.companion import companion
 from outlay.planner.read.deepspeed import section_of, values_of, whole
 from outlay.planner.read.document import Document, KeyPath
-from outlay.planner.read.meaning import DEEPSPEED, MAIN, Meaning, Said, Section
+from outlay.planner.read.meaning import DEEPSPEED, MAIN, Meaning, Said, Section, merged
+from outlay.planner.read.program import model_said
 
 OPTIM = {
     **dict.fromkeys(
@@ -177,5 +178,6 @@ def read_trainer(text: Document) -> Meaning:
     section, missing = attach_deepspeed(a.get("deepspeed"), text, ("deepspeed",), documents)
     return Meaning(
         framework="trainer", documents=documents, section=section, trainer=True, missing_file=missing,
-        values=with_section(a.found, section, documents), flags={"arguments": dict(text.value)},
+        values=merged(model_said(text, documents), with_section(a.found, section, documents)),
+        flags={"arguments": dict(text.value)},
     )  # fmt: skip

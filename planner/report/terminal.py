@@ -269,17 +269,32 @@ def gain_text(plan: Plan) -> str:
 
 def exported_text(compression: dict[str, Any]) -> str:
     """`int4:g32, 810 MiB; dense 2.30 GiB, int8 …`: what `outlay export` will write, and could."""
+    after = [c for c in compression["choices"] if not c["trained_for"]]
     sizes = ", ".join(
         f"{'dense' if c['quantize'] == 'none' else c['quantize']} {format_bytes(c['bytes'])}"
-        for c in compression["choices"]
+        for c in after
     )
+    dearer = [_training_text(c, after[0]) for c in compression["choices"] if c["trained_for"]]
+    trained = f"; trained for it: {', '.join(dearer)}" if dearer else ""
     limit = compression["limit_bytes"]
     within = "" if limit is None else f" (of {format_bytes(limit)} allowed)"
     name = "dense" if compression["quantize"] == "none" else compression["quantize"]
     return (
-        f"{name}, {format_bytes(compression['export_bytes'])}{within}; could be {sizes}; "
-        "what it loses: measured by outlay export --evaluate"
+        f"{name}, {format_bytes(compression['export_bytes'])}{within}; could be {sizes}{trained}; "
+        "what it loses is unknown before: outlay eval measures it"
     )
+
+
+def _training_text(choice: dict[str, Any], plain: dict[str, Any]) -> str:
+    """`int8-dynamic in about 1.4 times the time (12.30 USD more)`: steps with quantization-aware training."""
+    if choice["steps_s"] is None or not plain["steps_s"]:
+        return f"{choice['quantize']} in an unknown time"
+    text = (
+        f"{choice['quantize']} in about {choice['steps_s'] / plain['steps_s']:.1f} times the time"
+    )
+    if choice["steps_usd"] is None:
+        return text
+    return f"{text} ({format_usd(choice['steps_usd'] - plain['steps_usd'])} more)"
 
 
 def caching_rows(compression: dict[str, Any]) -> list[tuple[str, str]]:
@@ -327,7 +342,8 @@ def print_plan(console: Console, plan: Plan, *, out: str | None) -> None:
     print_assumptions(console, plan.estimate["assumptions"])
     if out:
         done = f"Next: outlay run {out}" if plan.target == "runner" else (
-            f"Next: outlay emit trainer {out} --out FOLDER (`outlay emit --help`: other trainers, launchers)"
+            f"Next: outlay emit {'trainer' if plan.job.finetune is None else 'axolotl'} {out} --out FOLDER "
+            "(`outlay emit --help`: other trainers, launchers)"
             if plan.target == "trainer" else
             f"`outlay run` does not execute it: `outlay emit deepspeed {out}` for a trainer of your own"
             if plan.target == "deepspeed" else "Neither DeepSpeed nor `outlay run` executes it."

@@ -55,7 +55,8 @@ class ConfigRule:
 
 
 _MODULES = (
-    "keys", "batch", "precision", "zero", "offload", "optimizer", "accelerate", "frameworks", "arguments", "launch",
+    "keys", "batch", "precision", "zero", "offload", "optimizer", "params", "values", "accelerate", "frameworks",
+    "arguments", "words", "launch",
 )  # fmt: skip
 CONFIG_RULES: list[ConfigRule] = []
 """Filled when `all_config_rules` is first called."""

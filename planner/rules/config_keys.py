@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterable
 from typing import Any
 
-from outlay.planner.read.deepspeed import AUTO
 from outlay.planner.read.document import KeyPath
 from outlay.planner.read.edits import Edit
 from outlay.planner.read.known import known, names, parse_version
 from outlay.planner.read.meaning import MAIN, DocEdit
 from outlay.planner.rules.config import Found, config_rule
 from outlay.planner.rules.setup import Setup
+from outlay.planner.rules.value_kinds import wrong
 
 _COMMENTS = ("_", "//", "#", "comment", "$schema", "description")
 _BLOCKS = (
@@ -262,75 +261,6 @@ def _unknown(
     )  # fmt: skip
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-_BOOLS = {"true", "false", "1", "0", "yes", "no", "on", "off", "t", "f", "y", "n"}
-
-
-def wrong(value: Any, kind: str) -> tuple[str, Any] | None:
-    """(what is wrong, the nearest right value or null) by pydantic's rules; null where it is right."""
-    if value == AUTO or kind == "any" or (value is None and kind in ("block", "text")):
-        return None
-    if kind == "bool":
-        fine = (
-            isinstance(value, bool)
-            or (isinstance(value, int) and value in (0, 1))
-            or str(value).lower() in _BOOLS
-        )
-        return None if fine else ("true or false is expected", None)
-    if kind == "device":
-        return (
-            None
-            if value in ("none", "cpu", "nvme")
-            else (
-                "the device is none, cpu or nvme",
-                "none"
-                if value in (None, False, "null", "")
-                else "cpu"
-                if value in (True, "gpu")
-                else None,
-            )
-        )
-    if kind == "text":
-        return None if isinstance(value, str) else ("a text is expected", None)
-    if kind == "block":
-        return None if isinstance(value, dict) else ("a block in braces is expected", None)
-    number = _number(value)
-    if number is None or not math.isfinite(number):
-        return ("a number is expected", None)
-    if kind in ("fraction", "scale"):
-        most = 1.0 if kind == "fraction" else math.inf
-        return (
-            None
-            if 0 <= number <= most
-            else (f"it must lie in [0, {most:g}]", min(max(number, 0.0), most))
-        )
-    return _wrong_integer(value, number, kind)
-
-
-def _wrong_integer(value: Any, number: float, kind: str) -> tuple[str, Any] | None:
-    if kind == "stage":
-        if number in (0, 1, 2, 3) and not isinstance(value, str):
-            return None
-        return (
-            "ZeRO has stages 0, 1, 2 and 3",
-            int(number) if number in (0, 1, 2, 3) else 3 if number > 3 else 0,
-        )
-    if number != int(number):
-        return ("a whole number is expected", round(number))
-    least = {"positive": 1, "count": 0}.get(kind)
-    if least is not None and number < least:
-        return (f"it must be at least {least}", least)
-    return None
-
-
 @config_rule(
     "wrong_type",
     "illegal",
@@ -355,6 +285,12 @@ def wrong_type(s: Setup) -> Iterable[Found]:
     for key in _BLOCKS:
         written = s.raw.get(key)
         old_format = key == "zero_optimization" and isinstance(written, bool)
+        if key == "zero_optimization" and key in s.raw and written is None:
+            yield Found(
+                what="zero_optimization is null: DeepSpeed unpacks it as a block, and stops with a TypeError",
+                where=s.where(key), do='write {"stage": 0}, or the stage that is meant',
+                edits=tuple(s.meaning.set_deepspeed((key,), {"stage": 0})),
+            )  # fmt: skip
         if written is None or isinstance(written, dict) or old_format:
             continue
         block = _meant_block(key, written)
@@ -364,6 +300,19 @@ def wrong_type(s: Setup) -> Iterable[Found]:
             edits=tuple(
                 s.meaning.set_deepspeed((key,), block) if block else s.meaning.remove_deepspeed((key,))
             ),
+        )  # fmt: skip
+
+
+@config_rule(
+    "optimizer_without_type", "ignored", "runtime/config.py:288-299 (tried, DeepSpeed 0.19.8)"
+)
+def optimizer_without_type(s: Setup) -> Iterable[Found]:
+    """An optimizer block without its type: DeepSpeed reads nothing of it."""
+    written = s.raw.get("optimizer")
+    if isinstance(written, dict) and written.get("type") is None:
+        yield Found(
+            what="optimizer has no type: DeepSpeed reads nothing of the block, and takes no optimizer from it",
+            where=s.where("optimizer"), do='write its type, "AdamW" for instance, or remove the block',
         )  # fmt: skip
 
 

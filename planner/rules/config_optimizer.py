@@ -79,7 +79,7 @@ def optimizer_untested_with_zero(s: Setup) -> Iterable[Found]:
     if (
         kind is None
         or s.stage == 0
-        or s.ds.get("zero_allow_untested_optimizer") is True
+        or s.ds.get("zero_allow_untested_optimizer")  # any text is taken as true
         or s.meaning.trainer
     ):
         return

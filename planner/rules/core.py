@@ -34,7 +34,7 @@ class Rule:
 
     name: str
     kind: str
-    """arithmetic | deepspeed | runner."""
+    """arithmetic | deepspeed | runner | json, trainer (what `outlay emit` has words for)."""
     forbids: Callable[[Candidates, Context], Array]
     """True where the candidate is forbidden; [n]."""
     message: Callable[[Strategy, Context], str]

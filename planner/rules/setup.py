@@ -10,6 +10,7 @@ from outlay.planner.read.deepspeed import AUTO, BATCH, block, has_auto, whole
 from outlay.planner.read.document import KeyPath
 from outlay.planner.read.known import Version
 from outlay.planner.read.meaning import Meaning, Said
+from outlay.planner.rules.value_kinds import stage_of
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.model import ModelSpec
 
@@ -48,9 +49,8 @@ class Setup:
 
     @property
     def stage(self) -> int:
-        """ZeRO stage; 0 where it is missing or no stage."""
-        stage = self.zero.get("stage", 0)
-        return stage if isinstance(stage, int) and not isinstance(stage, bool) else 0
+        """ZeRO stage as pydantic reads it; 0 where it is missing or no stage."""
+        return stage_of(self.zero.get("stage", 0)) or 0
 
     def offload(self, part: str) -> str:
         """none | cpu | nvme, of `optimizer` or `param`."""

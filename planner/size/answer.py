@@ -137,9 +137,10 @@ def _nothing(sizer: Sizer, found: Found, limits: Limits) -> NotFeasible:
     if found.over:
         cheap = min(found.over, key=lambda o: o.usd if o.usd is not None else float("inf"))
         quick = min(found.over, key=lambda o: o.hours)
-        texts = [
-            f"the cheapest is {_brief(cheap, limits)}; the fastest is {_brief(quick, limits)}",
-        ]
+        same = cheap is quick or _brief(cheap, limits) == _brief(quick, limits)
+        why = f"the cheapest is {_brief(cheap, limits)}; the fastest is {_brief(quick, limits)}"
+        if same:
+            why = f"the cheapest and fastest is {_brief(cheap, limits)}"
         asked = [
             format_seconds(v * 3600)
             if k == "hours"
@@ -151,8 +152,8 @@ def _nothing(sizer: Sizer, found: Found, limits: Limits) -> NotFeasible:
         ]
         return NotFeasible(
             f"nothing that was looked at keeps {' and '.join(asked)}",
-            why=texts[0],
-            do="a larger budget, a later deadline, fewer tokens, or a smaller model",
+            why=why,
+            do=", ".join([*_room(limits), "fewer tokens, or a smaller model"]),
         )
     said = refusal(sizer, found)
     if said is None:
@@ -168,6 +169,13 @@ def _nothing(sizer: Sizer, found: Found, limits: Limits) -> NotFeasible:
         if change
         else "a smaller model, adapters instead of all weights, or more accelerators",
     )
+
+
+def _room(limits: Limits) -> list[str]:
+    """What would help of the limits that were asked for."""
+    later = ["a later deadline"] if limits.hours is not None else []
+    others = (limits.usd, limits.gpu_hours, limits.energy_kwh, limits.co2e_kg)
+    return (["a larger budget"] if any(v is not None for v in others) else []) + later
 
 
 def _brief(o: Option, limits: Limits) -> str:
@@ -244,7 +252,8 @@ def _reasons(sizer: Sizer, o: Option) -> tuple[str, tuple[Gain, ...]]:
     """(what limits this option, what more of each thing would give)."""
 
     def solve(cluster: Cluster) -> tuple[float, Strategy] | None:
-        found = sizer.best(cluster, o.timed.job)
+        same = cluster is o.timed.cluster
+        found = o.timed if same else sizer.best(cluster, o.timed.job)
         return (found.step_s, found.strategy) if isinstance(found, Timed) else None
 
     rows = gains(o.timed.cluster, solve)
@@ -315,7 +324,7 @@ def option_dict(a: Answer, i: int, today: date) -> dict[str, Any]:
         "co2e_of": _of_carbon(o, job),
         "limited_by": a.limited[i],
         "gains": [plain(g) for g in a.gains[i]],
-        "notes": [*o.offer.notes, *t.cluster.notes],
+        "notes": list(dict.fromkeys((*o.offer.notes, *t.cluster.notes))),
         "cluster": plain(
             dataclasses.replace(
                 t.cluster, price_usd_per_h=total.usd_per_h,

@@ -11,7 +11,14 @@ from outlay.planner.amount import money_of
 from outlay.planner.assumed import parse_assumed, with_set
 from outlay.planner.cost import carbon_of
 from outlay.planner.estimate.compute import model_flops_per_token
-from outlay.planner.jobs import DEFAULT_SEQ_LEN, JobFile, merge, read_job_file, resolve_job
+from outlay.planner.jobs import (
+    DEFAULT_SEQ_LEN,
+    JobFile,
+    _positive_count,
+    merge,
+    read_job_file,
+    resolve_job,
+)
 from outlay.planner.options import show_money
 from outlay.planner.ownership import with_region
 from outlay.planner.scaling import (
@@ -35,6 +42,7 @@ from outlay.planner.space import TARGETS
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Budget
 from outlay.planner.spec.model import ModelSpec
+from outlay.planner.spec.strategy import MOST
 from outlay.profiles.errors import UsageError
 from outlay.profiles.units import format_count, parse_count
 
@@ -129,7 +137,7 @@ def asked(job_file: str | None, flags: dict[str, Any], fixed: dict[str, int], s:
     budget, currency = money_of(file.budget, file.rate, file.currency)
     show_money(currency)
     limits = limits_of(budget, s.deadline_s)
-    objective, notes = _objective(s, limits), []
+    objective, notes = _objective(s, limits), _of_network(s, file, offers)
     if limits.hours is None:
         limits = dataclasses.replace(limits, hours=YEAR_S / 3600)
         notes.append({"what": "deadline", "value": "365 d",
@@ -137,6 +145,15 @@ def asked(job_file: str | None, flags: dict[str, Any], fixed: dict[str, int], s:
     if file.model:
         return _named(file, fixed, s, references, offers, limits, objective, notes)
     return _unnamed(file, fixed, s, references, offers, limits, objective, notes)
+
+
+def _of_network(s: Sizing, file: JobFile, offers: Sequence[Offer]) -> list[dict[str, Any]]:
+    """A network that was stated where every machine asked for is one node: it changes nothing."""
+    gbps = s.inter_node_gbps or file.inter_node_gbps
+    if gbps is None or not all(o.cluster is not None and o.cluster.nodes == 1 for o in offers):
+        return []
+    source = "changes nothing: one node, nothing crosses its network"
+    return [{"what": "inter_node_gbps", "value": gbps, "source": source}]
 
 
 def _bought(
@@ -170,13 +187,22 @@ def _named(
     )  # fmt: skip
 
 
+def _fewest_sequences(file: JobFile, spec: ModelSpec) -> int:
+    """A step, so that the tokens are no more steps than a job may have: 1, but for trillions of tokens."""
+    if file.tokens is None:
+        return 1
+    seq_len = file.seq_len or min(DEFAULT_SEQ_LEN, spec.max_positions or DEFAULT_SEQ_LEN)
+    return 1 + _positive_count(file.tokens) // (max(1, seq_len) * MOST)
+
+
 def _ask(
     file: JobFile, spec: ModelSpec, fixed: dict[str, int], s: Sizing, offers: Sequence[Offer]
 ) -> tuple[Ask, list[dict[str, Any]]]:
     """The job on any hardware: the batch follows from compute, not from how many ranks there are."""
     cluster, notes = _first_cluster(offers), []
     if file.global_batch is None:
-        probe = resolve_job(dataclasses.replace(file, global_batch=1), spec, cluster).job
+        one = dataclasses.replace(file, global_batch=_fewest_sequences(file, spec))
+        probe = resolve_job(one, spec, cluster).job
         flops = model_flops_per_token(spec, probe.seq_len) * probe.tokens
         batch = batch_of(flops, probe.seq_len)
         file = dataclasses.replace(file, global_batch=batch)
@@ -197,6 +223,28 @@ def _unnamed(
     limits: Limits, objective: str, notes: list[dict[str, Any]],
 ) -> Asked:  # fmt: skip
     """No model: its size from a wanted size or loss, or as large as the limits allow."""
+    _pretraining_only(file)
+    seq_len = file.seq_len or DEFAULT_SEQ_LEN
+    if file.seq_len is None:
+        notes.append({"what": "seq_len", "value": seq_len, "source": "default"})
+    wanted = _stated_size(s)
+    if wanted is None:
+        wanted, file = _largest_size(file, s, references, offers, limits, seq_len, notes)
+        objective = s.objective or "cheapest"
+    spec, config = llama_of(wanted.parameters, seq_len=seq_len)
+    file = dataclasses.replace(file, seq_len=seq_len, model=spec.name)
+    if file.steps is None and file.tokens is None:
+        file = dataclasses.replace(file, tokens=f"{round(wanted.tokens)}")
+    ask, more = _ask(file, spec, fixed, s, offers)
+    return Asked(
+        ask=ask, offers=offers, limits=limits, objective=objective, references=tuple(references),
+        reference=spec.name, config=config, weights=None, assumptions=notes + more,
+        extra={"scaling": _scaling(wanted, ask.job.tokens, s.overtrain)},
+    )  # fmt: skip
+
+
+def _pretraining_only(file: JobFile) -> None:
+    """Raises UsageError for what needs a model that is there."""
     pretrained = [
         k for k in ("finetune", "data", "attempts", "pilot") if getattr(file, k) is not None
     ]
@@ -206,59 +254,55 @@ def _unnamed(
             why="a model is sized for one pretraining run of its own length",
             do="name one with --model",
         )
-    seq_len = file.seq_len or DEFAULT_SEQ_LEN
-    if file.seq_len is None:
-        notes.append({"what": "seq_len", "value": seq_len, "source": "default"})
+
+
+def _stated_size(s: Sizing) -> Optimum | None:
+    """By a number of parameters or a loss; null where neither is stated."""
     if s.parameters and s.wanted_loss:
         raise UsageError("give --parameters or --reach-loss, not both")
     if s.parameters:
-        wanted = optimum_for_parameters(
-            float(parse_count(s.parameters, where="--parameters")), overtrain=s.overtrain
-        )
-    elif s.wanted_loss is not None:
-        wanted = optimum_for_loss(s.wanted_loss, overtrain=s.overtrain)
-    elif (
-        limits.usd is not None
-        or limits.gpu_hours is not None
-        or (s.deadline_s is not None and references)
-    ):
-        best = largest(
-            offers, limits, target=TARGETS[s.target], seq_len=seq_len, most_ranks=_most(s.most),
-            overtrain=s.overtrain,
-        )  # fmt: skip
-        wanted = Optimum(parameters=best.parameters, tokens=best.tokens, loss=best.loss)
-        # The very job that was priced, so that what fills the budget does not exceed it.
-        file = dataclasses.replace(
-            file, global_batch=best.job.global_batch, steps=best.job.steps, tokens=None
-        )
-        source = "0.292·C^0.3271 tokens a step for C FLOPs (DeepSeek LLM, arXiv 2401.02954)"
-        notes.append({"what": "global_batch", "value": best.job.global_batch,
-                      "source": f"default: {source}"})  # fmt: skip
-        objective = s.objective or "cheapest"
-    else:
+        stated = float(parse_count(s.parameters, where="--parameters"))
+        return optimum_for_parameters(stated, overtrain=s.overtrain)
+    if s.wanted_loss is not None:
+        return optimum_for_loss(s.wanted_loss, overtrain=s.overtrain)
+    return None
+
+
+def _largest_size(
+    file: JobFile, s: Sizing, references: Sequence[str], offers: Sequence[Offer], limits: Limits,
+    seq_len: int, notes: list[dict[str, Any]],
+) -> tuple[Optimum, JobFile]:  # fmt: skip
+    """(as large as the limits allow, the very job that was priced: what fills the budget may not exceed it)."""
+    by_deadline = s.deadline_s is not None and references
+    if limits.usd is None and limits.gpu_hours is None and not by_deadline:
         raise UsageError(
             "no model, and nothing to size one by",
             do="pass --model, or --budget 5000usd (and --deadline 14d), or --parameters 7B, or --reach-loss 2.2",
         )
-    spec, config = llama_of(wanted.parameters, seq_len=seq_len)
-    file = dataclasses.replace(file, seq_len=seq_len, model=spec.name)
-    if file.steps is None and file.tokens is None:
-        file = dataclasses.replace(file, tokens=f"{round(wanted.tokens)}")
-    ask, more = _ask(file, spec, fixed, s, offers)
+    best = largest(
+        offers, limits, target=TARGETS[s.target], seq_len=seq_len, most_ranks=_most(s.most),
+        overtrain=s.overtrain,
+    )  # fmt: skip
+    file = dataclasses.replace(
+        file, global_batch=best.job.global_batch, steps=best.job.steps, tokens=None
+    )
+    source = "0.292·C^0.3271 tokens a step for C FLOPs (DeepSeek LLM, arXiv 2401.02954)"
+    notes.append({"what": "global_batch", "value": best.job.global_batch,
+                  "source": f"default: {source}"})  # fmt: skip
+    return Optimum(parameters=best.parameters, tokens=best.tokens, loss=best.loss), file
+
+
+def _scaling(wanted: Optimum, tokens: int, overtrain: float) -> dict[str, Any]:
+    """What the law says of the model that was sized, in words and figures."""
     says = (
-        f"Compute-optimal{'' if s.overtrain == 1 else f', over-trained {s.overtrain:g} times'}: "
-        f"{format_count(wanted.parameters)} parameters on {format_count(ask.job.tokens)} tokens "
-        f"({ask.job.tokens / wanted.parameters:.0f} a parameter), expected loss {wanted.loss:.3f} nats a token "
+        f"Compute-optimal{'' if overtrain == 1 else f', over-trained {overtrain:g} times'}: "
+        f"{format_count(wanted.parameters)} parameters on {format_count(tokens)} tokens "
+        f"({tokens / wanted.parameters:.0f} a parameter), expected loss {wanted.loss:.3f} nats a token "
         f"on MassiveText ({BESIROGLU.source})."
     )
     if not 1e8 <= wanted.parameters <= 2e10:
         says += " Outside 0.1B-20B parameters, which the law was fitted on."
-    scaling = {
-        "parameters": wanted.parameters, "tokens": ask.job.tokens, "loss": wanted.loss,
-        "overtrain": s.overtrain, "source": BESIROGLU.source, "says": says,
+    return {
+        "parameters": wanted.parameters, "tokens": tokens, "loss": wanted.loss,
+        "overtrain": overtrain, "source": BESIROGLU.source, "says": says,
     }  # fmt: skip
-    return Asked(
-        ask=ask, offers=offers, limits=limits, objective=objective, references=tuple(references),
-        reference=spec.name, config=config, weights=None, assumptions=notes + more,
-        extra={"scaling": scaling},
-    )  # fmt: skip

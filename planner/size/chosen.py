@@ -102,7 +102,8 @@ def chosen_of(letter: str, flags: dict[str, Any], target: str) -> tuple[Chosen, 
     option = options[letter]
     spec, config = _model(value["model"])
     cluster: Cluster = parse(Cluster, option["cluster"], path=f"{SIZE_FILE}: {letter}")
-    job: Job = parse(Job, value["job"], path=SIZE_FILE)
+    # Where nobody stated it, each accelerator has its own.
+    job: Job = parse(Job, value["job"] | {"precision": option["precision"]}, path=SIZE_FILE)
     show_money(job.currency)
     notes = [*value["assumptions"]]
     return Chosen(spec, config, job, cluster, notes, value["model"].get("weights")), value["target"]

@@ -25,7 +25,6 @@ from outlay.planner.estimate.estimator import (
     lacks,
     with_step,
 )
-from outlay.planner.estimate.host import Host
 from outlay.planner.estimate.interval import (
     TIGHT_RISK,
     VERDICTS,
@@ -33,17 +32,29 @@ from outlay.planner.estimate.interval import (
     risk_above,
     verdict_index,
 )
+from outlay.planner.estimate.tables import distinct
 from outlay.planner.jobs import default_precision
 from outlay.planner.rules import Context
-from outlay.planner.search import fewest_broken, ranked
+from outlay.planner.search import fewest_broken, first_of, needless
 from outlay.planner.size.offers import Offer, cluster_of_offer, node_counts, shape_of
-from outlay.planner.space import Target, candidates_for, divisors, spread_of
+from outlay.planner.space import (
+    Target,
+    candidates_for,
+    divisors,
+    spread_of,
+    with_small_buckets,
+)
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.job import Job
 from outlay.planner.spec.model import ModelSpec
 from outlay.planner.spec.strategy import Strategy
 from outlay.profiles.errors import UsageError
 from outlay.profiles.units import format_bytes
+
+_OF_THE_HOST = (
+    "tp", "pp", "cp", "sp", "ep", "dp", "zero", "offload_optimizer", "offload_param", "reduce_bucket_size",
+)  # fmt: skip
+"""What the memory of a node depends on, with whether gradients are added up (estimate/host.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +126,9 @@ class Sizer:
         self.ask = ask
         self.considered = 0
         self.fitting = 0
-        self._legal: dict[tuple[object, ...], tuple[Candidates, int]] = {}
+        self._legal: dict[tuple[object, ...], tuple[Candidates, Array, int]] = {}
         self._memory: dict[tuple[object, ...], Estimates] = {}
-        self._host: dict[tuple[object, ...], Host] = {}
+        self._others: dict[tuple[str, str], Sizer] = {}
         self._floor: dict[tuple[str, str], float] = {}
         self._figures: dict[str, Efficiency] = {}
 
@@ -125,8 +136,12 @@ class Sizer:
         """What was remembered holds for one batch size."""
         self._legal.clear()
         self._memory.clear()
-        self._host.clear()
+        self._others.clear()
         self._floor.clear()
+
+    def other(self, what: str, ask: Ask) -> Sizer:
+        """Of the same question with one change, remembered under its name."""
+        return self._others.setdefault((what, ask.job.precision), Sizer(ask))
 
     def job_on(self, cluster: Cluster) -> Job:
         if self.ask.precision_given:
@@ -140,15 +155,25 @@ class Sizer:
             self._figures[name] = efficiency_for(cluster.accelerator)
         return self._figures[name]
 
-    def memory(self, cluster: Cluster, job: Job) -> tuple[Estimates | None, int]:
-        """(memory of every strategy that is allowed, how many were looked at)."""
+    def _space(
+        self, key: tuple[object, ...], cluster: Cluster, job: Job
+    ) -> tuple[Candidates, Array, int]:
+        """(every strategy that is allowed, of each the one with the usual buckets, how many were looked at)."""
+        if key not in self._legal:
+            ask = self.ask
+            legal, looked = candidates_for(ask.spec, job, cluster, ask.fixed, target=ask.target)
+            space, usual = with_small_buckets(ask.spec, legal, ask.fixed, ask.target)
+            self._legal[key] = space, usual, looked + len(space) - len(legal)
+        return self._legal[key]
+
+    def memory(self, cluster: Cluster, job: Job) -> tuple[Estimates | None, Array, int]:
+        """(memory of every strategy that is allowed, of each the one with the usual buckets, how many were
+        looked at)."""
         ask, a = self.ask, cluster.accelerator
         key = (cluster.ranks, link_domain(cluster), cluster.kind, a.deepspeed, job.precision)
-        if key not in self._legal:
-            self._legal[key] = candidates_for(ask.spec, job, cluster, ask.fixed, target=ask.target)
-        legal, looked = self._legal[key]
+        legal, usual, looked = self._space(key, cluster, job)
         if not len(legal):
-            return None, looked
+            return None, usual, looked
         figures = self.figures(cluster)
         sizes = tuple(figures[k] for k in sorted(figures) if k.startswith("memory."))
         whole = (*key, sizes)
@@ -160,19 +185,18 @@ class Sizer:
             self._memory[whole] = evaluate_memory(
                 ask.spec, job, bare, legal, software=ask.target.software_on(cluster)
             )
-        return self._memory[whole], looked
+        return self._memory[whole], usual, looked
 
     def _hosted(self, e: Estimates, cluster: Cluster, job: Job) -> Estimates:
         """A risk of 1 for what needs more of the host than a node is known to have."""
         if cluster.kind == "cpu" or (cluster.ram_bytes is None and cluster.node_nvme_bytes is None):
             return e
-        key = (id(e.candidates), cluster.ranks_per_node, cluster.accelerator.name, job.precision)
-        if key not in self._host:
-            software = self.ask.target.software_on(cluster)
-            self._host[key] = host_of(
-                self.ask.spec, job, cluster, e.candidates, e.memory, software, e.figures
-            )
-        short = lacks(self._host[key], cluster)
+        software = self.ask.target.software_on(cluster)
+        added = (e.candidates.grad_accum > 1).astype(np.int64)
+        first, which = distinct(e.candidates, _OF_THE_HOST, added)
+        few = e.candidates.take(first)
+        need = host_of(self.ask.spec, job, cluster, few, e.memory.take(first), software, e.figures)
+        short = lacks(need, cluster)[which]
         risk = np.where(short, 1.0, e.risk)
         return dataclasses.replace(
             e, risk=risk, verdict=np.where(short, VERDICTS.index("no"), e.verdict)
@@ -180,26 +204,35 @@ class Sizer:
 
     def best(self, cluster: Cluster, job: Job) -> Timed | TooSmall | None:
         """The fastest strategy that fits with at most 5 % risk; None where the speed is unknown."""
-        e, looked = self.memory(cluster, job)
+        e, usual, looked = self.memory(cluster, job)
         if e is None:
             return TooSmall(
                 cluster=cluster, job=job, strategy=None, device_bytes=0.0, high_bytes=0.0, risk=1.0,
                 considered=looked, why=self._refused(cluster, job),
             )  # fmt: skip
-        risked = self._risked(e, cluster)
-        e = self._hosted(risked, cluster, job)
-        fits = np.flatnonzero(e.risk <= TIGHT_RISK)
+        rows = self._inside(e, cluster)
+        if not rows.size:
+            smallest = self._risked(e.take(np.array([np.argmin(e.memory.device)])), cluster)
+            return _too_small(self._hosted(smallest, cluster, job), cluster, job, looked)
+        inside = self._risked(e.take(rows), cluster)
+        hosted = self._hosted(inside, cluster, job)
+        fits = np.flatnonzero(hosted.risk <= TIGHT_RISK)
         if not fits.size:
-            inside = np.flatnonzero(risked.risk <= TIGHT_RISK)
-            if inside.size:
-                return self._short_host(risked.take(inside), cluster, job, looked)
-            return _too_small(e, cluster, job, looked)
-        timed = with_step(
-            self.ask.spec, job, cluster, e.take(fits), software=self.ask.target.software_on(cluster)
-        )
+            return self._short_host(inside, cluster, job, looked)
+        fits = fits[~needless(hosted.verdict[fits], rows[fits], usual)]
+        software = self.ask.target.software_on(cluster)
+        timed = with_step(self.ask.spec, job, cluster, hosted.take(fits), software=software)
         if timed.step is None:
             return None
-        return _timed(timed, int(ranked(timed, len(timed))[0]), cluster, job, looked)
+        return _timed(timed, first_of(timed), cluster, job, looked)
+
+    def _inside(self, e: Estimates, cluster: Cluster) -> Array:
+        """Which of these the accelerators hold with at most 5 % risk. An expected footprint above what there
+        is has a risk above a half, so only the others' is worked out."""
+        width = self.figures(cluster)["interval.memory_fraction"]
+        limit, least = float(cluster.usable_bytes), e.memory.least
+        near = np.flatnonzero(least <= limit)
+        return np.asarray(near[risk_above(least[near], limit, width) <= TIGHT_RISK])
 
     def _risked(self, e: Estimates, cluster: Cluster) -> Estimates:
         """The same memory against what this accelerator has."""

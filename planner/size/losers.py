@@ -47,14 +47,14 @@ def refusal(sizer: Sizer, found: Found) -> tuple[str, str] | None:
     assert s.strategy is not None
     if s.why:
         where = f"the nearest, {s.cluster.ranks} x {p.cluster.accelerator.name}: {s.why}"
-        return where, nearest_change(sizer.ask, p, s) or ""
+        return where, nearest_change(sizer, p, s) or ""
     parts = sorted(s.parts.items(), key=lambda kv: -kv[1])[:MEMORY_PARTS]
     biggest = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.3g} GiB" for k, v in parts)
     why = (
         f"the nearest, {s.cluster.ranks} x {p.cluster.accelerator.name} ({s.strategy.label()}), needs "
         f"{s.device_bytes / GIB:.1f} GiB of {s.cluster.usable_bytes / GIB:.1f} on each: {biggest}"
     )
-    return why, nearest_change(sizer.ask, p, s) or ""
+    return why, nearest_change(sizer, p, s) or ""
 
 
 def losers_of(
@@ -220,7 +220,7 @@ def _too_small(sizer: Sizer, small: list[tuple[Point, TooSmall]], point: Point) 
     if s.strategy is None:
         return dataclasses.replace(base, constraint="trainer", why=s.why, device_bytes=None)
     if s.why:
-        change = nearest_change(sizer.ask, p, s)
+        change = nearest_change(sizer, p, s)
         return dataclasses.replace(base, constraint="host", why=s.why, change=change)
     parts = sorted(s.parts.items(), key=lambda kv: -kv[1])[:MEMORY_PARTS]
     biggest = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.3g}" for k, v in parts)
@@ -228,14 +228,15 @@ def _too_small(sizer: Sizer, small: list[tuple[Point, TooSmall]], point: Point) 
         f"{s.strategy.label()} on {s.cluster.ranks} needs {s.device_bytes / GIB:.3g} GiB "
         f"(to {s.high_bytes / GIB:.3g}) of {s.cluster.usable_bytes / GIB:.3g}, risk {s.risk:.0%}: {biggest}"
     )
-    return dataclasses.replace(base, why=why, change=nearest_change(sizer.ask, p, s))
+    return dataclasses.replace(base, why=why, change=nearest_change(sizer, p, s))
 
 
-def nearest_change(ask: Ask, p: Point, s: TooSmall) -> str | None:
+def nearest_change(sizer: Sizer, p: Point, s: TooSmall) -> str | None:
     """The first of these that fits, by planning again: another trainer's offload, shorter sequences."""
+    ask = sizer.ask
     for text, other in _changes(ask):
         job = dataclasses.replace(other.job, precision=s.job.precision)
-        found = Sizer(dataclasses.replace(other, job=job)).best(p.cluster, job)
+        found = sizer.other(text, dataclasses.replace(other, job=job)).best(p.cluster, job)
         if not isinstance(found, Timed) or found.risk > TIGHT_RISK:
             continue
         label = f"{text}: {found.strategy.label()}, {found.device_bytes / GIB:.3g} GiB"

@@ -259,7 +259,7 @@ def cluster_of_offer(offer: Offer, nodes: int) -> Cluster | str:
     a = offer.accelerator
     try:
         one = resolve_hardware(f"{a.name}:{offer.per_node * nodes}/{offer.per_node}",
-                               inter_node_gbps=offer.gbps)  # fmt: skip
+                               inter_node_gbps=offer.gbps if nodes > 1 else None)  # fmt: skip
     except UsageError as error:
         return error.what
     notes = tuple(n for n in one.notes if "a node assumed" not in n) + offer.notes

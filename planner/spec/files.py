@@ -142,6 +142,22 @@ def to_json(value: Any) -> str:
     return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def require_new(path: str | Path, text: str) -> None:
+    """Raise FileError where another text is there: a configuration may have been edited by hand.
+
+    Files that only outlay writes (plan.yaml, estimates) are replaced; what other programs read is not.
+    """
+    target = Path(path)
+    try:
+        same = not target.is_file() or target.read_bytes() == text.encode()
+    except OSError as error:
+        raise FileError("cannot be read", where=str(path), why=error.strerror or "") from None
+    if not same:
+        raise FileError(
+            "there is another file already", where=str(path), do="name a new file, or remove it"
+        )
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole file or nothing: a temporary beside it, fsync, rename. A link's target is replaced, not
     the link; a device or a pipe is written into."""

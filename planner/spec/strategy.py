@@ -78,4 +78,6 @@ class Strategy:
             parts.append(f"param-{self.offload_param}")
         if self.loss != "plain":
             parts.append(f"loss-{self.loss}")
+        if self.reduce_bucket_size is not None:
+            parts.append(f"bucket{self.reduce_bucket_size / 1e6:.3g}M")
         return " ".join(parts)

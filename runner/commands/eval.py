@@ -9,7 +9,7 @@ import click
 
 from outlay.planner.options import format_option
 from outlay.profiles.errors import UsageError
-from outlay.profiles.units import format_seconds
+from outlay.profiles.units import format_seconds, format_usd
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,6 +148,8 @@ def print_evaluation(out: Console, e: Evaluation) -> None:
     for name, cells in _rows(e.models):
         table.add_row(name, *cells)
     out.print(table)
+    for line in _front(e.models):
+        out.print(line, highlight=False, soft_wrap=True)
     for difference in e.differences:
         out.print(_difference_text(difference), highlight=False, soft_wrap=True)
     out.print("(intervals in parentheses are 90 %)", highlight=False)
@@ -161,6 +163,8 @@ def _rows(models: tuple[Evaluated, ...]) -> list[tuple[str, list[str]]]:
         ("parameters", [_parameters(m) for m in models]),
         ("weights on disk", [f"{m.weights_bytes:,} bytes ({m.dtype}, {m.packed or 'dense'})" for m in models]),
     ]  # fmt: skip
+    if any(m.training_usd is not None for m in models):
+        rows.append(("training cost", [_cost(m.training_usd) for m in models]))
     speeds = [m.speed for m in models if m.speed is not None]
     if speeds:
         batch = speeds[0].batch
@@ -170,6 +174,26 @@ def _rows(models: tuple[Evaluated, ...]) -> list[tuple[str, list[str]]]:
             (f"reading {batch} at once", [_shown(s.tokens_per_s, "{:,.0f}".format) + " tokens/s" for s in speeds]),
         ]  # fmt: skip
     return rows
+
+
+def _cost(usd: float | None) -> str:
+    return "unknown" if usd is None else format_usd(usd)
+
+
+def _front(models: tuple[Evaluated, ...]) -> list[str]:
+    """Which of several are worth having, and what beats the others."""
+    if len(models) < 2:
+        return []
+    known = sum(m.training_usd is not None for m in models)
+    weighed = {len(models): "size, loss and training cost", 0: "size and loss (cost unknown)"}
+    said = weighed.get(known, "size, loss and, where it is known of both, training cost")
+    front = [m.target for m in models if m.beaten_by is None]
+    lines = [f"worth having, by {said}: {', '.join(front)}"]
+    return lines + [
+        f"  not {m.target}: {m.beaten_by} is no larger, loses no more and is not known to be dearer"
+        for m in models
+        if m.beaten_by is not None
+    ]
 
 
 def _parameters(m: Evaluated) -> str:

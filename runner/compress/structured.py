@@ -88,6 +88,9 @@ def shrink_model(
     smaller = smaller.to(next(iter(state.values())).dtype)
     smaller.load_state_dict(state, strict=True, assign=True)
     smaller.tie_weights()
+    # a skeleton is for training, without a cache of keys and values
+    smaller.config.use_cache = getattr(model.config, "use_cache", True)
+    smaller.generation_config = model.generation_config
     parameters = sum(p.numel() for p in smaller.parameters())
     counted = parameter_counts(spec_from_config(made, name=spec.name, source=str(out))).total
     if counted != parameters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from outlay.runner.evaluate.front import Worth, beaten_by
 from outlay.runner.evaluate.intervals import (
     Measured,
     loss_difference,
@@ -30,6 +31,7 @@ from outlay.runner.evaluate.score import (
     token_losses,
 )
 from outlay.runner.evaluate.text import HeldOut, check_tokenizer
+from outlay.runner.exported.source import training_usd
 
 SCHEMA_EVAL = "outlay/eval@1"
 WARM_UPS = 2
@@ -90,6 +92,10 @@ class Evaluated:
     perplexity: Measured
     bits_per_byte: Measured
     speed: Speed | None
+    training_usd: float | None
+    """Of the run that it comes from; null = unknown."""
+    beaten_by: str | None
+    """Another target, no larger, with no more loss and (where both are known) no dearer; null = none is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +146,7 @@ def evaluate(
         _evaluated(name, folder, model, losses, text, time, batch)
         for (name, folder), model, losses, time in zip(targets, loaded, scored, times, strict=True)
     )
+    models = _weighed(models)
     return Evaluation(
         evaluated_at=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=_machine(device),
@@ -188,6 +195,20 @@ def _evaluated(
         perplexity=loss.map_exp(),
         bits_per_byte=loss.times(text.tokens_per_byte / np.log(2)),
         speed=None if times is None else _speed(times, text, batch),
+        training_usd=training_usd(folder.path),
+        beaten_by=None,
+    )
+
+
+def _weighed(models: tuple[Evaluated, ...]) -> tuple[Evaluated, ...]:
+    """With what beats each of them."""
+    worths = [
+        Worth(weights_bytes=m.weights_bytes, loss=m.loss.value, training_usd=m.training_usd)
+        for m in models
+    ]
+    return tuple(
+        replace(m, beaten_by=None if i is None else models[i].target)
+        for m, i in zip(models, beaten_by(worths), strict=True)
     )
 
 

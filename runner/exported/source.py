@@ -91,7 +91,22 @@ def read_record(folder: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        value: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FileError("not valid JSON", where=str(path), why=str(error)) from None
+    if not isinstance(value, dict):
+        raise FileError("this is no record of an export", where=str(path))
     return value
+
+
+def training_usd(folder: Path) -> float | None:
+    """What the run that made this folder cost: by the folder's own `outlay.json`, or by its run. Null = unknown."""
+    training = read_record(folder).get("training")
+    if isinstance(training, dict):
+        cost = training.get("cost_usd")
+        return float(cost) if isinstance(cost, int | float) else None
+    run = RunFolder(folder.resolve().parent)
+    if not run.is_run() or folder.resolve() != run.export.resolve():
+        return None
+    outcome = _outcome(run)
+    return None if outcome is None else outcome.cost_usd

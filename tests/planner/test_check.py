@@ -247,7 +247,8 @@ def test_rules_have_names_levels_and_evidence() -> None:
 
 def test_exit_codes_of_strict_and_of_what_is_written(tmp_path: Path) -> None:
     path, out = tmp_path / "ds.json", tmp_path / "out.json"
-    path.write_text(json.dumps(GOOD | BROKEN["top_level_typo"] | {Z: None}))
+    typo = GOOD | BROKEN["top_level_typo"]
+    path.write_text(json.dumps({k: v for k, v in typo.items() if v is not None}))
     assert [run(str(path))[0], run(str(path), "--strict")[0]] == [0, 2]
     path.write_text(json.dumps(GOOD | {"fp16": {"enabled": True}}))
     assert run(str(path))[0] == 2
@@ -280,3 +281,17 @@ def test_a_file_that_only_the_shell_knows_is_no_fault(reference: str, tmp_path: 
     value = checked(path, "--hardware", "rtx-4090:2")
     assert (value["state"], value["estimate"]) == ("unknown", None)
     assert [f["level"] for f in value["findings"]] == ["advice"]
+
+
+@pytest.mark.parametrize(("targets", "said"), [("all", True), ("q_proj,v_proj", False)])
+def test_adapters_that_are_not_estimated_are_named(
+    targets: str, said: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "lf.yaml"
+    path.write_text(
+        "model_name_or_path: meta-llama/Meta-Llama-3-8B\nfinetuning_type: lora\nstage: sft\n"
+        f"lora_target: {targets}\ncutoff_len: 512\nbf16: true\n"
+    )
+    value = checked(path, "--hardware", "a100-sxm-80gb:1")
+    rows = [a for a in value["estimate"]["assumptions"] if a["what"] == "adapters"]
+    assert [f"lora_target: {targets}" in row["source"] for row in rows] == [True] * said

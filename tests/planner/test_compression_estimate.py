@@ -158,11 +158,36 @@ def test_limits_on_the_export(tiny_spec: ModelSpec, tiny_job: Job, cpu_cluster: 
     with pytest.raises(NotFeasible, match="as int8 its weights"):
         require_export_size(tiny_spec, of(least, Qat(bits=8)))
     assert compression_dict(tiny_spec, tiny_job, cpu_cluster, 1.0) is None
-    floors = [c["decode_floor_s"] for c in made["choices"]]
+    floors = [c["decode_floor_s"] for c in made["choices"] if not c["trained_for"]]
     assert np.all(np.diff(floors) <= 0) and floors[0] == pytest.approx(dense / 10e9)
 
 
-def test_other_families_have_sizes_too() -> None:
+def test_choices_with_what_training_for_them_takes(
+    tiny_spec: ModelSpec, tiny_job: Job, cpu_cluster: Cluster
+) -> None:
+    """Packed after training costs nothing more; trained for it, the step of that job, in time and money."""
+    cluster = dataclasses.replace(cpu_cluster, price_usd_per_h=3.6)
+    job = dataclasses.replace(tiny_job, compress=Compression(qat=Qat(bits=8)))
+
+    def step_s(other: Job) -> float | None:
+        qat = None if other.compress is None else other.compress.qat
+        return 2.0 if qat is None else 3.0
+
+    made = compression_dict(tiny_spec, job, cluster, 1.0, step_s)
+    assert made is not None
+    found = [(c["quantize"], c["trained_for"], c["steps_s"]) for c in made["choices"]]
+    after, trained = 2.0 * job.steps, 3.0 * job.steps
+    assert found == [
+        ("none", False, after), ("int8", False, after), ("int8-dynamic", False, after),
+        ("int4:g32", False, after), ("int8-dynamic", True, trained), ("int4:g32", True, trained),
+    ]  # fmt: skip
+    assert made["choices"][-1]["steps_usd"] == pytest.approx(3.6 / 3600 * trained)
+    assert {c["loss_difference"] for c in made["choices"]} == {"unknown"}
+    sliced = compression_dict(tiny_spec, job, cluster, 1.0, step_s, quantizes=False)
+    assert sliced is not None and not any(c["trained_for"] for c in sliced["choices"])
+
+
+def test_other_families_have_sizes_too(tiny_job: Job, cpu_cluster: Cluster) -> None:
     config = {
         "model_type": "gpt2",
         "vocab_size": 256,
@@ -173,3 +198,6 @@ def test_other_families_have_sizes_too() -> None:
     }
     spec = spec_from_config(config, name="gpt2", source="test")
     assert exported_bytes(spec, 4, Packing(bits=8)) < exported_bytes(spec, 4, None)
+    job = dataclasses.replace(tiny_job, compress=Compression(export_bytes=10**9))
+    made = compression_dict(spec, job, cpu_cluster, 1.0)
+    assert made is not None and not any(c["trained_for"] for c in made["choices"]), "Conv1D"

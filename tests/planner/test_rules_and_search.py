@@ -10,13 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from outlay.planner.emit.deepspeed import deepspeed_config
+from outlay.planner.estimate.buckets import reduce_buckets, smaller_buckets
 from outlay.planner.estimate.candidates import Candidates
 from outlay.planner.estimate.estimator import evaluate
-from outlay.planner.estimate.interval import TIGHT_RISK
+from outlay.planner.estimate.interval import TIGHT_RISK, risk_above
 from outlay.planner.hardware import resolve_hardware
 from outlay.planner.rules import RULES, Context, allowed, broken
-from outlay.planner.search import alternatives, candidates_for, divisors, search
-from outlay.planner.space import TARGETS
+from outlay.planner.search import alternatives, candidates_for, divisors, ranked, search
+from outlay.planner.size.engine import Ask, Sizer, Timed
+from outlay.planner.space import TARGETS, with_small_buckets
 from outlay.planner.spec.cluster import Cluster
 from outlay.planner.spec.families import resolve_model
 from outlay.planner.spec.job import Data, Finetune, Job
@@ -135,6 +138,7 @@ def test_search_equals_brute_force(context: Context) -> None:
     words: list[tuple[Any, int | None]] = [("none", None), *(("full", n) for n in (None, 1, 2, 3))]
     losses: tuple[Any, ...] = ("plain", "chunked")
     recomputed = [(word, layers, loss) for word, layers in words for loss in losses]
+    count_small = 0
     for zero in range(4):
         for dp in (1, 2):
             for pp in (1, 2):
@@ -155,7 +159,10 @@ def test_search_equals_brute_force(context: Context) -> None:
                             if e.risk[0] <= TIGHT_RISK:
                                 seconds = float(e.step.time_s[0])
                                 best = seconds if best is None else min(best, seconds)
-    assert result.legal == count
+                            small = int(smaller_buckets(context.spec, Candidates.of([s]))[0])
+                            usual = int(reduce_buckets(context.spec, Candidates.of([s]))[0])
+                            count_small += bool(zero) and 2 * small <= usual
+    assert result.legal == count + count_small
     assert result.estimates.step is not None
     chosen = float(result.estimates.step.time_s[int(result.order[0])])
     assert best is not None
@@ -260,10 +267,92 @@ def test_pruned_search_equals_the_plain_product(
             search(tiny_spec, job, gpu, target=target)
         return
     found = search(tiny_spec, job, gpu, target=target)
-    assert {found.estimates.candidates.strategy(int(i)) for i in found.order} == {
-        c.strategy(int(i)) for i in fits
-    }
+    plain = {c.strategy(int(i)) for i in fits}
+    assert {
+        s
+        for i in found.order
+        if (s := found.estimates.candidates.strategy(int(i))).reduce_bucket_size is None
+    } == plain
     assert found.estimates.step is not None
     best = float(found.estimates.step.time_s[found.best_index])
     least = float(e.step.time_s[fits].min())
-    assert least <= best <= least * 1.005
+    assert best <= least * 1.005
+
+
+VOCABULARY = 128_256
+"""As large as today's: a table of it is most of a small model, and larger than what a bucket should be."""
+
+
+@pytest.mark.parametrize("name", ["runner", "deepspeed", "trainer"])
+@pytest.mark.parametrize("spare_mib", [-40, -10, 30, 120, 500, 8000])
+def test_small_buckets_are_searched_exactly(
+    name: str, spare_mib: int, tiny_spec: ModelSpec
+) -> None:
+    """Every strategy with the usual and with small buckets, all ranked at once: the same first."""
+    target = TARGETS[name]
+    spec = dataclasses.replace(tiny_spec, vocab=VOCABULARY)
+    job = Job(model="tiny", seq_len=2048, global_batch=8, steps=10, precision="bf16")
+    gpu = resolve_hardware("a100-sxm-80gb:8/4", inter_node_gbps=400)
+    legal, _ = candidates_for(spec, job, gpu, {}, target=target)
+    both, usual = with_small_buckets(spec, legal, {}, target)
+    assert np.all(both.reduce_bucket_size[: len(legal)] < 0)
+    assert np.all(both.reduce_bucket_size[len(legal) :] == both.allgather_bucket_size[len(legal) :])
+    assert len(both) == len(legal) + int((legal.zero >= 1).sum())
+    software = target.software_on(gpu)
+    whole = evaluate(spec, job, gpu, both, software=software)
+    assert whole.step is not None
+    small = np.flatnonzero(usual != np.arange(len(both)))
+    assert np.all(whole.step.time_s[small] >= whole.step.time_s[usual[small]] * (1 - 1e-12))
+    first = small[both.zero[small] < 3]
+    assert np.all(whole.memory.device[first] <= whole.memory.device[usual[first]])
+    # Memory such that it binds for the smallest with the usual buckets, or nearly.
+    least = float(whole.memory.device[: len(legal)].min())
+    gpu = dataclasses.replace(gpu, usable_bytes=round(1.1 * least) + spare_mib * 2**20)
+    e = evaluate(spec, job, gpu, both, software=software)
+    fits = np.flatnonzero(e.risk <= TIGHT_RISK)
+    if not fits.size:
+        with pytest.raises(NotFeasible):
+            search(spec, job, gpu, target=target)
+        return
+    first = fits[ranked(e.take(fits), fits.size)[0]]
+    found = search(spec, job, gpu, target=target)
+    assert found.best == both.strategy(int(first))
+    sizer = Sizer(Ask(spec=spec, job=job, target=target, most_ranks=8, precision_given=True))
+    sized = sizer.best(gpu, job)
+    assert isinstance(sized, Timed)
+    assert sized.strategy == found.best
+    config = deepspeed_config(job, found.best, spec, gpu)["zero_optimization"]
+    if found.best.reduce_bucket_size is not None:
+        assert config["reduce_bucket_size"] == found.best.reduce_bucket_size
+        assert config["reduce_bucket_size"] < VOCABULARY * spec.hidden
+
+
+def test_small_buckets_make_a_model_fit(tiny_spec: ModelSpec) -> None:
+    """Where only they fit they are the plan, its label and its configuration."""
+    target = TARGETS["deepspeed"]
+    spec = dataclasses.replace(tiny_spec, vocab=VOCABULARY)
+    job = Job(model="tiny", seq_len=2048, global_batch=8, steps=10, precision="bf16")
+    gpu = resolve_hardware("a100-sxm-80gb:8/4", inter_node_gbps=400)
+    legal, _ = candidates_for(spec, job, gpu, {}, target=target)
+    both, _ = with_small_buckets(spec, legal, {}, target)
+    e = evaluate(spec, job, gpu, both)
+    usual, small = e.memory.least[: len(legal)].min(), e.memory.least[len(legal) :].min()
+    assert small < usual
+    width = e.figures["interval.memory_fraction"]
+    limits = np.linspace(small, 2 * usual, 400)
+    only = [
+        limit for limit in limits
+        if risk_above(small, limit, width) <= TIGHT_RISK < risk_above(usual, limit, width)
+    ]  # fmt: skip
+    between = dataclasses.replace(gpu, usable_bytes=int(only[len(only) // 2]))
+    best = search(spec, job, between, target=target).best
+    assert best.reduce_bucket_size is not None
+    assert f"bucket{best.reduce_bucket_size / 1e6:.3g}M" in best.label()
+    with pytest.raises(NotFeasible):
+        search(
+            spec,
+            job,
+            between,
+            {"reduce_bucket_size": -1, "allgather_bucket_size": -1},
+            target=target,
+        )

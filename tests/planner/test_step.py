@@ -20,6 +20,7 @@ from outlay.planner.estimate.software import (
     FSDP_COMPILED,
     MEGATRON,
     MEGATRON_CORE,
+    ZERO_BUBBLE,
     Software,
 )
 from outlay.planner.estimate.step import PARTS, Step, estimate_step
@@ -31,7 +32,7 @@ from outlay.planner.spec.strategy import Strategy
 
 NEARLY = 1 + 1e-12
 """Sums in another order differ in the last digits."""
-SOFTWARE = (DEEPSPEED, MEGATRON, MEGATRON_CORE, FSDP_COMPILED)
+SOFTWARE = (DEEPSPEED, MEGATRON, MEGATRON_CORE, FSDP_COMPILED, ZERO_BUBBLE)
 
 
 def model(layers: int = 16, hidden: int = 2048, experts: int = 0) -> ModelSpec:

@@ -17,11 +17,17 @@ from hypothesis import strategies as st
 from outlay.profiles.errors import FileError, OutlayError, UsageError
 from outlay.runner.cli import cli
 from outlay.runner.data.prepare import prepare
+from outlay.runner.evaluate.front import Worth, beaten_by
 from outlay.runner.evaluate.intervals import loss_difference, mean_loss, median_of, ratio_of
 from outlay.runner.evaluate.text import FEWEST_DOCUMENTS, held_out
+from outlay.runner.exported.source import training_usd
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SEQ_LEN = 32
+AMOUNTS = st.integers(0, 3)
+WORTHS = st.builds(
+    Worth, weights_bytes=AMOUNTS, loss=AMOUNTS, training_usd=st.one_of(st.none(), AMOUNTS)
+)
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:
@@ -44,6 +50,34 @@ def test_a_difference_on_the_same_text_is_known_better_than_either_loss() -> Non
     m, d = mean_loss(before, counts), loss_difference(before, after, counts)
     assert d.value == pytest.approx(0.01) and d.high - d.low < 1e-9 < m.high - m.low
     assert m.map_exp().value == pytest.approx(math.exp(m.value))
+
+
+@given(models=st.lists(WORTHS, min_size=1, max_size=6))
+def test_what_is_beaten_is_no_better_in_anything_known(models: list[Worth]) -> None:
+    for worth, i in zip(models, beaten_by(models), strict=True):
+        if i is None:
+            assert not any(other.beats(worth) for other in models)
+            continue
+        other = models[i]
+        assert other.weights_bytes <= worth.weights_bytes and other.loss <= worth.loss
+        if other.training_usd is not None and worth.training_usd is not None:
+            assert other.training_usd <= worth.training_usd
+    assert None in beaten_by(models)
+
+
+@pytest.mark.parametrize(
+    ("record", "usd"),
+    [({"training": {"cost_usd": 1.5}}, 1.5), ({"training": {"cost_usd": None}}, None), ({"training": None}, None)],
+)  # fmt: skip
+def test_cost_of_training_is_read_or_unknown(
+    tmp_path: Path, record: dict[str, Any], usd: float | None
+) -> None:
+    assert training_usd(tmp_path) is None
+    (tmp_path / "outlay.json").write_text(json.dumps(record))
+    assert training_usd(tmp_path) == usd
+    (tmp_path / "outlay.json").write_text("[]")
+    with pytest.raises(FileError, match="no record of an export"):
+        training_usd(tmp_path)
 
 
 @settings(max_examples=20, deadline=None)
@@ -140,6 +174,10 @@ def test_two_models_side_by_side(data: Path, folders: tuple[Path, Path]) -> None
     (d,) = made["differences"]
     assert d["loss"]["value"] == pytest.approx(losses[1] - losses[0], abs=1e-5)
     assert d["weights"] == 1
+    # of one size, so one of them is on the front alone; nobody knows what either cost
+    better, worse = (a, b) if losses[0] < losses[1] else (b, a)
+    assert better["beaten_by"] is None and worse["beaten_by"] == better["target"]
+    assert a["training_usd"] is None
 
 
 @pytest.mark.parametrize(
