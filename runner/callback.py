@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +27,7 @@ from outlay.planner.spec.files import to_json, write_text
 from outlay.profiles.errors import MissingExtra, UsageError
 from outlay.profiles.units import format_seconds
 from outlay.runner.budget import Bounds, process_started_s
-from outlay.runner.callback_account import BEAT_S, BEAT_WAIT_S, Account
+from outlay.runner.callback_account import BEAT_S, BEAT_WAIT_S, Account, entry_of
 from outlay.runner.callback_report import FORECAST_AT, Report
 from outlay.runner.callback_start import (
     check_calls,
@@ -45,8 +43,6 @@ from outlay.runner.callback_start import (
 )
 from outlay.runner.control import WARN_AT, Controller, Decision, Stop
 from outlay.runner.forecast import Forecast
-from outlay.runner.ledger import Entry
-from outlay.runner.limits import Limits
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -125,25 +121,18 @@ class Guard:
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._steps, self._save, self._clock = steps, save, clock
         began_s = process_started_s() if started_s is None else started_s
-        energy = metering.get("energy")
-        entry = Entry(
-            run=run or f"{platform.node()}:{os.getpid()}:{time.time_ns()}",
-            user=user or Limits().user,
+        entry = entry_of(
+            run=run,
+            user=user,
             project=project,
             tags=tuple(tags),
-            tool="guard",
-            machine=platform.node(),
             accelerators=int(accelerators),
             price_usd_per_h=price,
-            price_source=None if price is None else "price_usd_per_h",
             predicted_s=total_s,
-            predicted_usd=None if price is None or total_s is None else price * total_s[1] / 3600,
             elapsed_s=max(0.0, clock() - began_s),
-            minimum_s=metering.get("minimum_s") or 0.0,
-            upper_kw=None if energy is None else energy.upper_kw(),
-            kgco2e_per_kwh=metering.get("kgco2e_per_kwh"),
+            metering=metering,
         )
-        self._account = Account(entry, budgets, file, self._say)
+        self._account = Account(entry, budgets, file, self._say, named=run is not None)
         if run is not None and not self._account.kept:
             self._say(f"outlay: without a ledger nothing is known of earlier starts of run {run!r}")
         try:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from outlay.planner.spec.job import Budget
+from outlay.planner.spec.job import Budget, BudgetKind
 from outlay.profiles.errors import OutlayError, UsageError
 from outlay.runner.budget import Bounds, Spent, amount_of
 from outlay.runner.callback_report import Report
 from outlay.runner.ledger import Entry, Ledger, OpenRun, Took, Want
 from outlay.runner.ledger.store import ledger_path
+from outlay.runner.limits import Limits
 
 OPEN_WAIT_S = 3.0
 """For a ledger that somebody holds, in all, before a guard begins; it is rented time, and counted."""
@@ -32,13 +37,15 @@ class Account:
         budgets: Sequence[Budget],
         file: str | None,
         say: Callable[[str], None],
+        *,
+        named: bool = False,
     ) -> None:
-        """Only a project cannot do without a ledger: else one that cannot be used is no reason not
-        to train."""
+        """A project, and a run with a name (`named`), cannot do without the ledger that is meant: what
+        they spent is in it. Else one that cannot be used is no reason not to train."""
         self.drawn: list[Budget] = []
         self.took = Took()
         self.earlier: Spent | None = None  # by earlier starts of the run
-        self._entry, self._say = entry, say
+        self._entry, self._say, self._named = entry, say, named
         self._ledger: Ledger | None = None
         self._run: OpenRun | None = None
         self._failed = 0
@@ -55,7 +62,7 @@ class Account:
                 ledger.close()
                 raise
         except OutlayError as error:
-            if entry.project is not None:
+            if entry.project is not None or named:
                 raise
             say(f"outlay: not in the ledger: {error.message()}")
 
@@ -68,7 +75,7 @@ class Account:
         """Of a project's budgets the guard draws its own, or all that is free."""
         entry = self._entry
         earlier, took = ledger.spent(entry.run), ledger.took(entry.run)
-        own = {b.kind: b.amount - amount_of(b, earlier) for b in budgets}
+        own = self._own({b.kind: b.amount - amount_of(b, earlier) for b in budgets})
         totals = [] if entry.project is None else ledger.totals(entry.project)
         if entry.project is not None and not totals:
             raise UsageError(
@@ -77,11 +84,22 @@ class Account:
                 do=f"outlay ledger budget {entry.project} AMOUNT; or leave project= out",
             )
         wants = [Want(kind=t.budget.kind, amount=own.get(t.budget.kind)) for t in totals]
-        run = ledger.open_run(entry, wants=wants)
+        run = ledger.open_run(entry, wants=wants, alone=self._named)
         for kind, amount in run.reserved.items():
             drawn = Budget(kind=kind, amount=amount)
             self.drawn.append(replace(drawn, amount=amount + amount_of(drawn, earlier)))
         self._ledger, self._run, self.earlier, self.took = ledger, run, earlier, took
+
+    def _own(self, amounts: dict[BudgetKind, float]) -> dict[BudgetKind, float]:
+        """Of each kind what this start can use: its own budget, or what its own time can cost."""
+        hours = amounts.get("hours")
+        if hours is None:
+            return amounts
+        entry = self._entry
+        most: dict[BudgetKind, float] = {"gpu_hours": hours * entry.accelerators}
+        if entry.price_usd_per_h is not None:
+            most["money"] = entry.price_usd_per_h * max(hours, entry.minimum_s / 3600)
+        return {**amounts, **{k: min(v, amounts.get(k, v)) for k, v in most.items()}}
 
     def withdraw(self) -> None:
         """The guard did not begin."""
@@ -133,6 +151,23 @@ class Account:
             )
         self._ledger.close()
         self._run = None
+
+
+def entry_of(*, run: str | None, user: str | None, metering: dict[str, Any], **known: Any) -> Entry:
+    """What a guard enters when it starts; without a name the run is this process."""
+    price, total_s, energy = known["price_usd_per_h"], known["predicted_s"], metering.get("energy")
+    return Entry(
+        run=run or f"{platform.node()}:{os.getpid()}:{time.time_ns()}",
+        user=user or Limits().user,
+        tool="guard",
+        machine=platform.node(),
+        price_source=None if price is None else "price_usd_per_h",
+        predicted_usd=None if price is None or total_s is None else price * total_s[1] / 3600,
+        minimum_s=metering.get("minimum_s") or 0.0,
+        upper_kw=None if energy is None else energy.upper_kw(),
+        kgco2e_per_kwh=metering.get("kgco2e_per_kwh"),
+        **known,
+    )
 
 
 def _took(bounds: Bounds) -> Took:

@@ -59,9 +59,9 @@ def _interleaved_waits(
     n = min(2·behind, (M − pp)·vpp + pp − 1) passes beside them. Equal ranks give (pp − 1)·(f + b)/vpp.
 
     An event simulation agrees to the last bits where no rank is slower than those after it, as where all
-    have as many blocks and the last the head, spread over its chunks or in its last alone. A first rank
-    that is up to a tenth slower leaves up to 4.2 % more; one whose first chunk is short by a tenth of
-    a rank takes up to 2.6 % less.
+    have as many blocks and the last the head, spread over its chunks or in its last alone. Elsewhere it is off:
+    up to 4.2 % short where the first rank is up to a tenth slower, up to 2.6 % long where the first chunk alone is
+    short by a tenth of a rank, up to 14 % short at M = pp where the ends have up to half a stage more.
     """
     per_rank, found = forward + backward, np.zeros(forward.shape)
     for k in range(3):

@@ -103,11 +103,10 @@ def optimizer_parameter_unknown(s: Setup) -> Iterable[Found]:
     if name is None or name == _MUON:
         return
     allowed = allowed_params(name)
-    torch_adam = name in ("FusedAdam",) and _params(s, "optimizer")
     for key in _params(s, "optimizer"):
         if key in allowed or key == "max_grad_norm":
             continue
-        only_torch = torch_adam and key in allowed_params("torch.AdamW")
+        only_torch = name == "FusedAdam" and key in allowed_params("torch.AdamW")
         what = f"optimizer.params.{key}: {name} has no such parameter"
         what += ", torch's AdamW has (torch_adam true)" if only_torch else ""
         yield _unknown(s, "optimizer", key, allowed, what)
@@ -273,15 +272,7 @@ def _optimizer_fault(key: str, value: Any, name: str) -> tuple[str | None, Any, 
         return fault, numbers, "range" if ranged else "type"
     if key == "amsgrad" and value is True and name in ("FusedAdam", "FusedLamb"):
         return f"{name} does not have AMSGrad, and stops with a RuntimeError", False, "type"
-    switch = key in (
-        *names("optimizers", "adam_switches"),
-        *_FREE,
-        "amsgrad",
-        "bias_correction",
-        "set_grad_none",
-    )
-    number = key in _NOT_NEGATIVE and name not in ("torch.Adafactor",)
-    if not number or (switch and key != "eps"):
+    if key not in _NOT_NEGATIVE or name == "torch.Adafactor":
         return None, None, ""
     if _no_number(value):
         return "a number is expected", None, "type"

@@ -53,6 +53,12 @@ def _read(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     lines = text.splitlines()
     if not lines:
         raise FileError("this file is empty", where=str(path))
+    if len(lines) == 1:
+        raise FileError(
+            "this file has no line below its first",
+            where=str(path),
+            why=f"that is {lines[0][:60]!r}",
+        )
     reader = csv.DictReader(lines, delimiter="|" if "|" in lines[0] else ",")
     for row in reader:
         where = f"{path}:{reader.line_num}"

@@ -15,6 +15,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -200,12 +201,15 @@ class Ledger:
                 (last["id"],),
             )
 
-    def open_run(self, entry: Entry, *, wants: Sequence[Want] = ()) -> OpenRun:
+    def open_run(self, entry: Entry, *, wants: Sequence[Want] = (), alone: bool = False) -> OpenRun:
         """Enter an attempt of this process, and in the same transaction what it draws on its
-        project's budgets; refused (NotFeasible) if there is too little left, and nothing entered."""
+        project's budgets; refused (NotFeasible) if there is too little left, and nothing entered.
+        `alone`: refused (UsageError) while another process goes on under the run's name, too."""
         owner, low_mid_high = this_process(), entry.predicted_s or (None, None, None)
         with self.change() as db:
             bury(db)
+            if alone:
+                _require_alone(db, entry.run)
             # the first prediction stays: later ones know more
             db.execute(
                 "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -268,7 +272,8 @@ class OpenRun:
                 do="raise the run's budget",
             )
         if amount < want.least or amount <= own:
-            raise _too_little(row["project"], total, max(want.least, own))
+            others = replace(total, spent=total.spent - own, charged=total.charged - own)
+            raise _too_little(row["project"], others, max(want.least, own))
         db.execute("INSERT INTO reservations VALUES (?, ?, ?)", (self.attempt, kind, amount))
         self.reserved[kind] = amount
         return amount
@@ -345,6 +350,24 @@ class OpenRun:
             )
 
 
+def _require_alone(db: sqlite3.Connection, run: str) -> None:
+    """Two that go on at once would each spend all that is left."""
+    owner = this_process()
+    other = db.execute(
+        "SELECT machine, pid, started_at FROM attempts WHERE run = ? AND state = 'running' "
+        "AND NOT (space = ? AND pid = ? AND ticks = ?)",
+        (run, owner.space, owner.pid, owner.ticks),
+    ).fetchone()
+    if other is not None:
+        raise UsageError(
+            f"run {run!r} is going on already",
+            where="run",
+            why=f"process {other['pid']} of {other['machine']} began it at {other['started_at']}; both would "
+            "spend what is left of one budget",
+            do="end that one, or wait for it, or give another name",
+        )
+
+
 def insert(db: sqlite3.Connection, table: str, **values: object) -> int:
     """One row; returns its number."""
     marks = ", ".join("?" * len(values))
@@ -372,7 +395,7 @@ def _too_little(project: str, total: Total, needed: float) -> NotFeasible:
     return NotFeasible(
         f"project {project!r} has too little left of its budget of {total.budget}",
         why=f"{said(total.spent)} are spent, {said(max(0.0, total.charged - total.spent))} reserved by "
-        f"{total.alive} runs that go on, {said(total.left)} are free"
+        f"{total.alive} {'run that goes' if total.alive == 1 else 'runs that go'} on, {said(total.left)} are free"
         + (f"; more than {said(needed)} are needed" if needed > 0 else ""),
         do=f"wait for them, or raise it: outlay ledger budget {project} AMOUNT",
     )

@@ -152,7 +152,7 @@ def test_a_project_budget_is_drawn_on(tmp_path: Path) -> None:
     clock = Clock()
     options: dict[str, Any] = {"ledger": str(path), "project": "p"}
     guard = guarded(clock, budget=(), **options)
-    with pytest.raises(NotFeasible, match="reserved by 1 runs"):
+    with pytest.raises(NotFeasible, match="reserved by 1 run that goes on"):
         guarded(clock, **options)
     loop(guard, clock, 1.0)
     assert ledger.totals("p")[0].alive == 1

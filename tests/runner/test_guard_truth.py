@@ -83,10 +83,12 @@ def test_a_ledger_that_cannot_be_used_stops_no_training(tmp_path: Path) -> None:
         db.execute("ALTER TABLE attempts DROP COLUMN tags")
     ledger.close()
     said: list[str] = []
-    guard = Guard("1h", ledger=str(path), say=said.append, run="again")
+    guard = Guard("1h", ledger=str(path), say=said.append)
     assert not guard.step()
     assert any("not in the ledger" in text for text in said)
+    for needs_it in ({"project": "p"}, {"run": "again"}):
+        with pytest.raises(OutlayError, match="ledger"):
+            Guard("1h", ledger=str(path), say=said.append, **needs_it)
+    Guard("1h", ledger="off", say=said.append, run="again").close()
     assert any("nothing is known of earlier starts" in text for text in said)
-    with pytest.raises(OutlayError, match="ledger"):
-        Guard("1h", ledger=str(path), project="p", say=said.append)
     guard.close()
